@@ -1,0 +1,313 @@
+"""The ModernBERT encoder, leaf first, model last.
+
+Shapes: B = sequences, L = longest row of a padded batch, T = packed tokens of the batch,
+D = hidden size, H = heads, d = D / H, I = intermediate size. Attribute names are the names in the
+checkpoint. Source: Warner et al. 2024, arXiv 2412.13663.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modernbert import kernels
+from modernbert.config import FULL, SLIDING, ModernBertConfig
+from modernbert.kernels import AttentionPlan
+from modernbert.packing import PackedBatch, pack_padded
+from modernbert.pretrained import Output, PreTrainedModel, trunc_normal
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (T, d / 2) float32 each
+
+
+@dataclass
+class ModernBertOutput(Output):
+    """What `ModernBertModel` returns; (B, L, D) for a padded call, (T, D) for a packed one.
+
+    Attributes:
+        last_hidden_state: after the final norm; zeros at pads.
+        hidden_states: the embeddings, the output of each layer but the last, and
+            `last_hidden_state`: as many as layers plus one.
+        attentions: per layer, (B, H, L, L) or, for a packed call, a list of (H, length, length).
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def norm(config: ModernBertConfig) -> LayerNorm:
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class RotaryTable:
+    """cos and sin of every position for one theta, in float32; grows on demand.
+
+    Source: Su et al. 2021, RoFormer; frequency i is theta^(-2 i / d).
+    """
+
+    def __init__(self, theta: float, head_dim: int, length: int):
+        self.theta, self.head_dim, self.length = theta, head_dim, length
+        self.tables: dict[torch.device, Tensor] = {}
+
+    def __call__(self, positions: Tensor, max_position: int) -> Rotation:
+        table = self.tables.get(positions.device)
+        if table is None or max_position >= table.shape[1]:
+            length = max(self.length, 1 << max_position.bit_length())
+            # Outside of inference mode, or training after a first inference call would fail.
+            with torch.inference_mode(False), torch.no_grad():
+                table = self.make(length, positions.device)
+            self.tables[positions.device] = table
+        cos, sin = table[:, positions]
+        return cos, sin  # (T, d / 2) each
+
+    def make(self, length: int, device: torch.device) -> Tensor:
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        frequencies = 1.0 / (self.theta**exponents)
+        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+        return torch.stack((angles.cos(), angles.sin())).to(device)  # (2, length, d / 2)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: ModernBertConfig):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.norm = norm(config)
+        self.drop = nn.Dropout(config.embedding_dropout)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        x = batch.inputs_embeds
+        if x is None:
+            x = self.tok_embeddings(batch.input_ids)
+        return self.drop(self.norm(x))  # (T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModernBertConfig, index: int):
+        super().__init__()
+        self.local = config.layer_types[index] == SLIDING
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        bias = config.attention_bias
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=bias)
+        self.Wo = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.out_drop = nn.Dropout(config.attention_dropout)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, plan: AttentionPlan
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        qkv = rearrange(self.Wqkv(x), "t (three h d) -> t three h d", three=3, h=self.num_heads)
+        q, k = kernels.rope(qkv[:, :2], *rotation).unbind(1)  # (T, H, d)
+        dropout = self.dropout if self.training else 0.0
+        out, maps = kernels.attention(q, k, qkv[:, 2], plan, local=self.local, dropout=dropout)
+        return self.out_drop(self.Wo(out.flatten(1))), maps
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModernBertConfig):
+        super().__init__()
+        self.activation = config.hidden_activation
+        self.Wi = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.Wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.drop = nn.Dropout(config.mlp_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Wo(self.drop(kernels.glu(self.Wi(x), self.activation)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModernBertConfig, index: int):
+        super().__init__()
+        # The embeddings are already normalised: the first layer has no norm of its own.
+        self.attn_norm = norm(config) if index else nn.Identity()
+        self.attn = Attention(config, index)
+        self.mlp_norm = norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rotation: Rotation, plan: AttentionPlan
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        attended, maps = self.attn(self.attn_norm(x), rotation, plan)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), maps
+
+
+class ModernBertModel(PreTrainedModel):
+    """The encoder without a head: token ids in, hidden states out.
+
+    Args:
+        config: sizes and switches.
+        attention: the attention backend, "auto" or one of `modernbert.kernels.BACKENDS`.
+    """
+
+    def __init__(self, config: ModernBertConfig, *, attention: str = "auto"):
+        super().__init__(config, attention=attention)
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.final_norm = norm(config)
+        length = config.max_position_embeddings
+        self.rotary = {
+            FULL: RotaryTable(config.global_rope_theta, config.head_dim, length),
+            SLIDING: RotaryTable(config.local_rope_theta, config.head_dim, length),
+        }
+        self.gradient_checkpointing = False
+        self.initialize()
+
+    def reset_parameters(self) -> None:
+        """Truncated normals, output-side projections scaled by 1 / sqrt(2 layers)."""
+        config = self.config
+        std = config.initializer_range
+        out = std / (2 * config.num_hidden_layers) ** 0.5
+        trunc_normal(self.embeddings.tok_embeddings, std, config)
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            trunc_normal(layer.attn.Wqkv, std, config)
+            trunc_normal(layer.attn.Wo, out, config)
+            trunc_normal(layer.mlp.Wi, std, config)
+            trunc_normal(layer.mlp.Wo, out, config)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding table, (vocab_size, D)."""
+        return self.embeddings.tok_embeddings
+
+    def set_input_embeddings(self, table: nn.Embedding) -> None:
+        """Replace the token embedding table."""
+        self.embeddings.tok_embeddings = table
+
+    def forward(
+        self,
+        input_ids: Tensor | PackedBatch | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        query_only: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ModernBertOutput:
+        """Encode a padded batch, or one that is already packed.
+
+        Args:
+            input_ids: (B, L) token ids, or a `PackedBatch`; then the other tensors must be None.
+            attention_mask: (B, L), 1 at tokens and 0 at padding, on the left or on the right.
+            position_ids: (B, L) or (1, L); by default each sequence counts from 0.
+            inputs_embeds: (B, L, D) rows of the token embedding table, instead of ids.
+            query_only: (B, L) bool, tokens that attend but are attended to by none.
+            output_hidden_states: return the output of every layer.
+            output_attentions: return the attention weights; needs `attention="reference"`.
+
+        Raises `ValueError` for a mask with holes, ids outside the vocabulary, wrong shapes.
+        """
+        batch = as_packed(
+            input_ids, attention_mask, position_ids, inputs_embeds, query_only, self.config
+        )
+        if output_attentions and self.attention != "reference":
+            raise ValueError(
+                "attention weights exist in the reference backend only: load the model with "
+                f'attention="reference" (this one has {self.attention!r})'
+            )
+        x = self.embeddings(batch)
+        kinds = set(self.config.layer_types)
+        plan = kernels.plan_attention(
+            batch.lengths,
+            window=self.config.sliding_window if SLIDING in kinds else None,
+            query_only=batch.query_only,
+            device=x.device,
+            dtype=compute_dtype(x),
+            backend=self.attention,
+        )
+        rotations = {kind: self.rotary[kind](batch.positions, batch.max_position) for kind in kinds}
+        states, maps = [x], []
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            if self.gradient_checkpointing and self.training:
+                x, weights = checkpoint(layer, x, rotations[kind], plan, use_reentrant=False)
+            else:
+                x, weights = layer(x, rotations[kind], plan)
+            if output_hidden_states:
+                states.append(x)
+            if output_attentions:
+                maps.append(weights)
+        x = self.final_norm(x)
+        states[-1] = x
+        output = ModernBertOutput(
+            x,
+            tuple(states) if output_hidden_states else None,
+            tuple(maps) if output_attentions else None,
+        )
+        return output if isinstance(input_ids, PackedBatch) else unpack_output(batch, output)
+
+
+def as_packed(
+    input_ids: Tensor | PackedBatch | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    query_only: Tensor | None,
+    config: ModernBertConfig,
+) -> PackedBatch:
+    """The packed form of whatever a model was called with; ids and sizes are checked."""
+    if isinstance(input_ids, PackedBatch):
+        others = (attention_mask, position_ids, inputs_embeds, query_only)
+        if any(x is not None for x in others):
+            raise ValueError("a PackedBatch carries everything itself: pass it alone")
+        batch = input_ids
+    else:
+        batch = pack_padded(
+            input_ids, attention_mask, position_ids, inputs_embeds, query_only=query_only
+        )
+    if batch.input_ids is not None and batch.num_tokens and batch.device.type == "cpu":
+        # Checked here only: a GPU reports it itself, and asking would make it wait.
+        low, high = (int(i) for i in batch.input_ids.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"input_ids reach from {low} to {high}, the vocabulary from 0 to "
+                f"{config.vocab_size - 1}: were they made by another model's tokenizer?"
+            )
+    if batch.inputs_embeds is not None and batch.inputs_embeds.shape[-1] != config.hidden_size:
+        raise ValueError(
+            f"inputs_embeds have {batch.inputs_embeds.shape[-1]} features, "
+            f"the model {config.hidden_size}"
+        )
+    return batch
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which linear layers will answer for x: autocast's, where it is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def unpack_output(batch: PackedBatch, output: ModernBertOutput) -> ModernBertOutput:
+    """The padded form (B, L, ...) of a packed output."""
+    states, maps = output.hidden_states, output.attentions
+    assert batch.padded_shape is not None
+    return ModernBertOutput(
+        batch.unpack(output.last_hidden_state),
+        None if states is None else tuple(batch.unpack(x) for x in states),
+        None if maps is None else tuple(_unpack_map(batch, weights) for weights in maps),
+    )
+
+
+def _unpack_map(batch: PackedBatch, weights: list[Tensor]) -> Tensor:
+    """Attention weights (H, length, length) per sequence to (B, H, L, L), zeros at pads."""
+    assert batch.padded_shape is not None
+    rows, columns = batch.padded_shape
+    heads = weights[0].shape[0] if weights else 0
+    padded = torch.zeros(rows, heads, columns, columns, device=batch.device)
+    ones = torch.ones(batch.num_tokens, dtype=torch.bool, device=batch.device)
+    present = batch.unpack(ones.float()).bool()
+    for row, single in enumerate(weights):
+        both = present[row, :, None] & present[row]
+        padded = padded.to(single.dtype)
+        padded[row, :, both] = single.flatten(1)
+    return padded
