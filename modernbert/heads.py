@@ -159,8 +159,9 @@ class ModernBertForMaskedLM(HeadModel):
         x = output.last_hidden_state  # (T, D)
         if labels is not None:
             labels = _packed_labels(batch, labels, packed)
-        sparse = self.config.sparse_prediction and labels is not None
-        if sparse:
+        sparse = False
+        if labels is not None and self.config.sparse_prediction:
+            sparse = True
             labelled = labels != self.config.sparse_pred_ignore_index
             x, labels = x[labelled], labels[labelled]
         logits = self.decoder(self.head(x))

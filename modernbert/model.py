@@ -207,9 +207,8 @@ class ModernBertModel(PreTrainedModel):
 
         Raises `ValueError` for a mask with holes, ids outside the vocabulary, wrong shapes.
         """
-        batch = as_packed(
-            input_ids, attention_mask, position_ids, inputs_embeds, query_only, self.config
-        )
+        given = (attention_mask, position_ids, inputs_embeds, query_only)
+        batch = as_packed(input_ids, *given, config=self.config)
         if output_attentions and self.attention != "reference":
             raise ValueError(
                 "attention weights exist in the reference backend only: load the model with "
@@ -252,6 +251,7 @@ def as_packed(
     position_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     query_only: Tensor | None,
+    *,
     config: ModernBertConfig,
 ) -> PackedBatch:
     """The packed form of whatever a model was called with; ids and sizes are checked."""

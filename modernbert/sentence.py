@@ -1,0 +1,604 @@
+"""SentenceEncoder: texts in, vectors out, from lists or from streams, under a token budget.
+
+Shapes: T = packed tokens of a batch, B = texts of a batch, N = texts, D = hidden size,
+d = width of the vectors.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modernbert.model import ModernBertModel
+from modernbert.packing import PackedBatch, pack
+from modernbert.pooling import Dense, Pooling
+from modernbert.quantization import PRECISIONS, Calibration, quantize
+from modernbert.sentence_layout import (
+    Settings,
+    layout_files,
+    read_modules_json,
+    read_pooling,
+    read_settings,
+)
+from modernbert.similarity import Vectors, check_similarity, similarity, similarity_pairwise
+from modernbert.streaming import (
+    BATCH_TOKENS,
+    TRUNCATIONS,
+    WINDOW_TEXTS,
+    EncodeReport,
+    NotFinite,
+    Stream,
+)
+from modernbert.tokenizer import TokenizedBatch, Tokenizer
+from modernbert.weights import Checkpoint, open_checkpoint, open_folder, save_folder
+
+logger = logging.getLogger("modernbert")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `encode` after the inputs, checked."""
+
+    prompt_name: str | None = None
+    prompt: str | None = None
+    batch_size: int | None = None
+    show_progress_bar: bool | None = None
+    output_value: str | None = "sentence_embedding"
+    precision: str = "float32"
+    convert_to_numpy: bool = True
+    convert_to_tensor: bool = False
+    device: torch.device | str | None = None
+    normalize_embeddings: bool = False
+    truncate_dim: int | None = None
+    batch_tokens: int | None = None
+    truncation: str = "warn"
+    window: int = WINDOW_TEXTS
+    report: EncodeReport | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("output_value", ("sentence_embedding", "token_embeddings", None)),
+            ("precision", PRECISIONS),
+            ("truncation", TRUNCATIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; choose from {', '.join(map(str, choices))}"
+                )
+        for name in ("batch_size", "truncate_dim", "batch_tokens", "window"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; expected a positive integer")
+        if self.precision != "float32" and not self.one_vector_each:
+            raise ValueError(f"precision {self.precision!r} is for sentence embeddings only")
+        if isinstance(self.device, list | tuple):
+            raise ValueError("encode runs on one device; start one process per device")
+        if self.report is not None and self.report.texts:
+            raise ValueError("this report belongs to an earlier call; pass a new EncodeReport()")
+
+    @classmethod
+    def of(cls, **options: Any) -> "_Options":
+        known = [spec.name for spec in fields(cls)]
+        if unknown := sorted(options.keys() - set(known)):
+            raise ValueError(f"unknown options {unknown}; encode takes inputs, {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def one_vector_each(self) -> bool:
+        return self.output_value == "sentence_embedding"
+
+    @property
+    def to_numpy(self) -> bool:
+        return self.convert_to_numpy and not self.convert_to_tensor
+
+
+class SentenceEncoder(nn.Module):
+    """Texts to vectors: a ModernBERT model, a pooling, and what follows it.
+
+    Load one with `from_pretrained`; the constructor puts one together from parts.
+
+    Args:
+        model: the encoder.
+        tokenizer: the one the model was trained with.
+        pooling: from token states to a vector; the mean by default.
+        after: `Dense` and `Normalize` modules that follow.
+        settings: prompts, similarity, bounds. Each becomes an attribute that may be changed:
+            `encoder.prompts["query"] = "query: "`, `encoder.max_seq_length = 512`.
+    """
+
+    def __init__(
+        self,
+        model: ModernBertModel,
+        tokenizer: Tokenizer,
+        pooling: Pooling | None = None,
+        after: Sequence[nn.Module] = (),
+        *,
+        settings: Settings | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pooling = pooling or Pooling(model.config.hidden_size)
+        self.after = nn.Sequential(*after)
+        settings = settings or Settings()
+        self.prompts = settings.prompts
+        self.default_prompt_name = settings.default_prompt_name
+        self.similarity_fn_name = settings.similarity_fn_name
+        self.truncate_dim = settings.truncate_dim
+        self.do_lower_case = settings.do_lower_case
+        self.calibration = settings.calibration
+        self.max_seq_length = settings.max_seq_length or min(
+            tokenizer.model_max_length, model.config.max_position_embeddings
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        attention: str = "auto",
+        truncate_dim: int | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> "SentenceEncoder":
+        """Load a sentence-transformers model, in either layout, or a plain model folder.
+
+        A plain folder is pooled as its config says (`classifier_pooling`). Without a name, the
+        checkpoint that ships with the package. `truncate_dim` keeps the leading dimensions of a
+        Matryoshka model; the other arguments are those of `ModernBertModel.from_pretrained`.
+
+        Raises `CheckpointError` (a `ValueError`) for a folder that cannot be loaded exactly.
+        """
+        name = _embedded() if name_or_path is None else str(name_or_path)
+        at: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+        at |= {"token": token, "cache_dir": cache_dir}
+        folder = open_folder(name, **at)
+        modules = read_modules_json(folder)
+        transformer = modules[0][1] if modules else ""
+        if transformer:
+            checkpoint = Checkpoint(f"{name}/{transformer}", folder.folder / transformer)
+        else:
+            folder = checkpoint = open_checkpoint(name, **at)
+        model = ModernBertModel.from_checkpoint(
+            checkpoint, dtype=dtype, device=device, attention=attention
+        )
+        width, pooled = model.config.hidden_size, model.config.classifier_pooling
+        if modules:
+            pooling, after = read_pooling(folder, modules, width)
+        else:
+            pooling, after = Pooling(width, (pooled,)), []
+            logger.warning(
+                "%s has no modules.json: pooling is %r, from its config.json", name, pooled
+            )
+        settings = read_settings(folder, transformer)
+        settings.truncate_dim = truncate_dim or settings.truncate_dim
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        encoder = cls(model, tokenizer, pooling, after, settings=settings)
+        return encoder.to(model.device).eval()
+
+    # -- properties -------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of the longest text, special tokens and prompt included; the rest is cut off."""
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        least = self.tokenizer.num_special_tokens() + 1
+        if value < least:
+            raise ValueError(f"max_seq_length is {value}; it must be at least {least}")
+        self._max_seq_length = value
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """The name of the similarity: cosine, dot, euclidean or manhattan."""
+        return self._similarity_fn_name
+
+    @similarity_fn_name.setter
+    def similarity_fn_name(self, value: str) -> None:
+        self._similarity_fn_name = check_similarity(value)
+
+    @property
+    def out_features(self) -> int:
+        """Width of the vectors before `truncate_dim`."""
+        widths = [module.out_features for module in self.after if isinstance(module, Dense)]
+        return widths[-1] if widths else self.pooling.out_features
+
+    def get_embedding_dimension(self) -> int:
+        """Width of the vectors that `encode` returns by default."""
+        return min(self.out_features, self.truncate_dim or self.out_features)
+
+    get_sentence_embedding_dimension = get_embedding_dimension
+
+    @contextmanager
+    def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
+        """Within the `with` block, `encode` keeps the first `truncate_dim` dimensions."""
+        before, self.truncate_dim = self.truncate_dim, truncate_dim
+        try:
+            yield
+        finally:
+            self.truncate_dim = before
+
+    # -- encoding ---------------------------------------------------------------------------
+
+    def forward(self, batch: PackedBatch, prompt_length: int = 0) -> Tensor:
+        """Vectors (B, d) of a packed batch, with gradients, before truncation."""
+        hidden = self.model(batch).last_hidden_state  # (T, D)
+        return self.after(self.pooling(hidden, batch, prompt_length))
+
+    @overload
+    def encode(
+        self, inputs: str | Iterable[str], *, convert_to_tensor: Literal[True], **options: Any
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self, inputs: str | Iterable[str], *, convert_to_numpy: Literal[False], **options: Any
+    ) -> list[Tensor]: ...
+
+    @overload
+    def encode(
+        self,
+        inputs: str | Iterable[str],
+        *,
+        output_value: Literal["token_embeddings"] | None,
+        **options: Any,
+    ) -> Any: ...
+
+    @overload
+    def encode(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = ...,
+        prompt: str | None = ...,
+        batch_size: int | None = ...,
+        **options: Any,
+    ) -> np.ndarray: ...
+
+    def encode(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: torch.device | str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        *,
+        batch_tokens: int | None = None,
+        truncation: str = "warn",
+        window: int = WINDOW_TEXTS,
+        report: EncodeReport | None = None,
+        **unknown: Any,
+    ) -> Any:
+        """The vectors of one text (d,), or of N texts from any iterable (N, d).
+
+        Args:
+            inputs: a text, or an iterable of texts: list, generator, file, column...
+            prompt_name: a key of `prompts`; its text is put before each input.
+            prompt: the text itself; wins over `prompt_name`.
+            batch_size: at most this many texts in a batch; no bound by default, see `batch_tokens`.
+            show_progress_bar: in tokens; by default when the logger "modernbert" says INFO.
+            output_value: "sentence_embedding"; "token_embeddings" for a list of (length, D); None
+                for a list of dicts with input_ids, attention_mask and both embeddings.
+            precision: float32; int8 or uint8, after `calibrate`; binary or ubinary, (N, d / 8).
+            convert_to_numpy: return a numpy array. When False, a list of tensors.
+            convert_to_tensor: return one tensor, on the model's device.
+            device: move the model there first.
+            normalize_embeddings: scale the vectors to length 1.
+            truncate_dim: keep that many leading dimensions; wins over the attribute.
+            batch_tokens: the token budget of a batch. When memory runs out it is halved and the
+                batch tried again, down to a single text.
+            truncation: what to do with texts beyond `max_seq_length`: "cut" them, cut them and
+                "warn" once at the end, or raise an "error" before they are encoded.
+            window: texts that are sorted by length together.
+            report: filled with counts of texts, tokens and what was cut.
+
+        Vectors are float32 whatever the model computes in. Raises `ValueError`, with the text's
+        index, for an input that is no text, a text too long (`truncation="error"`), a vector with
+        NaN or infinity; `MemoryError` when not even a single text fits.
+        """
+        options = _Options.of(
+            prompt_name=prompt_name,
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+            output_value=output_value,
+            precision=precision,
+            convert_to_numpy=convert_to_numpy,
+            convert_to_tensor=convert_to_tensor,
+            device=device,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            batch_tokens=batch_tokens,
+            truncation=truncation,
+            window=window,
+            report=report,
+            **unknown,
+        )
+        stream = self._stream(options)
+        windows = list(stream.windows([inputs] if isinstance(inputs, str) else inputs))
+        result: Any
+        if not options.one_vector_each:
+            result = [item for part in windows for item in part]
+        else:
+            result = torch.cat(windows) if windows else stream.run([])
+            if options.to_numpy:
+                result = result.numpy()
+            elif not convert_to_tensor:
+                result = list(result)
+        return result[0] if isinstance(inputs, str) else result
+
+    def encode_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
+        """Yield the vector (d,) of each text, in order, in memory that does not grow.
+
+        Reads `window` texts (fewer when they are long), sorts these by length, encodes them under
+        the token budget, yields their vectors one by one, and reads on. So the first vector comes
+        after the first window; a smaller window brings it sooner. Takes the options of `encode`
+        and raises its errors; with `convert_to_numpy=False` it yields tensors.
+
+            for text, vector in zip(texts, encoder.encode_stream(texts)): ...
+        """
+        if isinstance(texts, str):
+            raise ValueError("encode_stream takes an iterable of texts, not one text: use encode")
+        checked = _Options.of(**options)
+        return _rows(self._stream(checked).windows(texts), checked)
+
+    def encode_query(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """`encode` with the prompt called "query"."""
+        name = self._prompt_for(prompt_name, prompt, "query")
+        return self.encode(inputs, name, prompt, **options)
+
+    def encode_document(
+        self,
+        inputs: str | Iterable[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """`encode` with the first non-empty prompt of "document", "passage" and "corpus"."""
+        name = self._prompt_for(prompt_name, prompt, "document", "passage", "corpus")
+        return self.encode(inputs, name, prompt, **options)
+
+    def _prompt_for(self, name: str | None, prompt: str | None, *names: str) -> str | None:
+        if name is not None or prompt is not None:
+            return name
+        return next((n for n in names if self.prompts.get(n)), names[0])
+
+    def _stream(self, options: _Options) -> Stream:
+        """What reads, groups and runs the texts of a call; all that can change is settled here."""
+        dimension = min(self.out_features, options.truncate_dim or self.get_embedding_dimension())
+        ranges = None
+        if options.precision in ("int8", "uint8"):
+            ranges = self._ranges(options.precision, dimension, options.normalize_embeddings)
+        prompt = self._resolve_prompt(options.prompt_name, options.prompt)
+        if options.device is not None:
+            self.to(options.device)
+        progress = options.show_progress_bar
+        if progress is None:
+            progress = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+        report = EncodeReport(truncated=None) if options.report is None else options.report
+        report.batch_tokens = options.batch_tokens or BATCH_TOKENS
+        return Stream(
+            tokenize=partial(self._tokenize, prompt),
+            run=partial(self._run, options, dimension, ranges, self._prompt_length(prompt)),
+            max_length=self.max_seq_length,
+            report=report,
+            batch_size=options.batch_size,
+            window=options.window,
+            truncation=options.truncation,
+            progress=progress,
+        )
+
+    def _ranges(self, precision: str, dimension: int, normalized: bool) -> np.ndarray:
+        if self.calibration is None:
+            raise ValueError(
+                f"precision {precision!r} needs the range of every dimension: run "
+                "encoder.calibrate(texts) once with some hundred typical texts (save_pretrained "
+                "stores the ranges), so that the codes of all calls can be compared"
+            )
+        return self.calibration.fitting(dimension, normalized)
+
+    def _resolve_prompt(self, name: str | None, prompt: str | None) -> str:
+        if prompt is not None:
+            if name is not None:
+                logger.warning("both prompt and prompt_name are given: prompt_name is ignored")
+            return prompt
+        name = self.default_prompt_name if name is None else name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise ValueError(f"there is no prompt {name!r}; this model has {list(self.prompts)}")
+        return self.prompts[name]
+
+    def _prompt_length(self, prompt: str) -> int:
+        """Tokens that a prompt puts before the text: [CLS] counts, the final [SEP] does not."""
+        if not prompt or self.pooling.include_prompt:
+            return 0
+        ids = self._tokenize(prompt, [""]).input_ids[0]
+        return len(ids) - (ids[-1] == self.tokenizer.sep_token_id)
+
+    def _tokenize(self, prompt: str, texts: list[str]) -> TokenizedBatch:
+        texts = [prompt + text for text in texts]
+        if self.do_lower_case:
+            texts = [text.lower() for text in texts]
+        return self.tokenizer(texts, max_length=self.max_seq_length)
+
+    def _run(
+        self,
+        options: _Options,
+        dimension: int,
+        ranges: np.ndarray | None,
+        prompt_length: int,
+        ids: list[Tensor],
+    ) -> Any:
+        """One batch of B texts: a tensor (B, d) or (B, codes), or a list of B tensors or dicts."""
+        if not ids:
+            vectors = torch.zeros(0, dimension, device=self.device)
+        else:
+            batch = pack(ids, device=self.device)
+            with self._inference():
+                hidden = self.model(batch).last_hidden_state  # (T, D)
+                states = batch.split(hidden)
+                if options.output_value == "token_embeddings":
+                    _check_finite(hidden, states)
+                    return states
+                vectors = self.after(self.pooling(hidden, batch, prompt_length))
+                vectors = vectors[:, :dimension]  # (B, d)
+                if options.normalize_embeddings:
+                    vectors = F.normalize(vectors, dim=-1)
+                _check_finite(vectors, vectors)
+        if options.precision != "float32":
+            return torch.from_numpy(quantize(vectors.cpu().numpy(), options.precision, ranges))
+        if options.one_vector_each:
+            return vectors.cpu() if options.to_numpy else vectors
+        return [
+            {
+                "input_ids": row,
+                "attention_mask": torch.ones_like(row),
+                "token_embeddings": state,
+                "sentence_embedding": vector,
+            }
+            for row, state, vector in zip(
+                batch.split(batch.input_ids), states, vectors, strict=True
+            )
+        ]
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """No gradients and no dropout; then the mode that the caller had."""
+        training = self.training
+        self.train(False)
+        try:
+            # Not inference_mode: its tensors could never take part in a training step.
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
+    # -- similarity, calibration, saving ----------------------------------------------------
+
+    def similarity(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
+        """Scores (n, m) of vectors (n, d) and (m, d) by `similarity_fn_name`."""
+        return similarity(self.similarity_fn_name, embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Vectors, embeddings2: Vectors) -> Tensor:
+        """Scores (n,) of the rows of (n, d) and (n, d) one by one."""
+        return similarity_pairwise(self.similarity_fn_name, embeddings1, embeddings2)
+
+    def calibrate(
+        self,
+        inputs: Iterable[str] | np.ndarray | Tensor,
+        *,
+        normalize_embeddings: bool = False,
+        **options: Any,
+    ) -> Calibration:
+        """Measure and keep the range of every dimension, which int8 and uint8 need.
+
+        `inputs` are some hundred typical texts, encoded with `options` (those of `encode`), or
+        float vectors (n, d) that were; then `normalize_embeddings` says whether they are scaled.
+        `save_pretrained` stores the ranges.
+        """
+        if isinstance(inputs, Tensor):
+            inputs = inputs.float().cpu().numpy()
+        batches: Iterable[np.ndarray]
+        if isinstance(inputs, np.ndarray) and inputs.dtype.kind == "f":
+            if inputs.ndim != 2:
+                raise ValueError(f"an array of shape {inputs.shape} holds no float vectors (n, d)")
+            batches = [inputs]
+        else:
+            options["normalize_embeddings"] = normalize_embeddings
+            stream = self._stream(_Options.of(**options))
+            batches = (window.numpy() for window in stream.windows(inputs))
+        self.calibration = Calibration.measure(batches, normalized=normalize_embeddings)
+        return self.calibration
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Write the layout that sentence-transformers 5 and 6, TEI, vLLM and llama.cpp read.
+
+        The folder appears complete or, if anything fails, stays what it was.
+        """
+        settings = Settings(
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            similarity_fn_name=self.similarity_fn_name,
+            truncate_dim=self.truncate_dim,
+            max_seq_length=self.max_seq_length,
+            do_lower_case=self.do_lower_case,
+            calibration=self.calibration,
+        )
+        layout, tensors = layout_files(settings, self.pooling, list(self.after))
+        save_folder(
+            folder,
+            files={**self.model.files_to_save(), **self.tokenizer.files(), **layout},
+            tensors=self.model.tensors_to_save(),
+            max_shard_size=max_shard_size,
+            extra_tensors=tensors,
+        )
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes; the commit's URL. Options: see `weights.push`."""
+        from modernbert.weights import push_folder
+
+        return push_folder(self.save_pretrained, repo_id, **options)
+
+
+def _rows(windows: Iterator[Any], options: _Options) -> Iterator[Any]:
+    """The results one by one."""
+    for window in windows:
+        for row in window:
+            if options.one_vector_each:
+                row = row.clone()  # a view would keep the memory of its whole window
+                row = row.numpy() if options.to_numpy else row
+            yield row
+
+
+def _check_finite(values: Tensor, rows: Sequence[Tensor]) -> None:
+    """Raise `NotFinite` for the first of the `rows` of `values` with NaN or infinity."""
+    if not torch.isfinite(values).all():
+        row = next(i for i, value in enumerate(rows) if not torch.isfinite(value).all())
+        raise NotFinite(
+            row,
+            "its vector contains NaN or infinity; float16 overflows in some models, "
+            "load this one with dtype='float32' or 'bfloat16'",
+        )
+
+
+def _embedded() -> str:
+    """The folder of the checkpoint that ships with the package."""
+    folder = files("modernbert.weights") / "embedded"
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            "no checkpoint ships with this version yet: give a Hub id or a folder, such as "
+            "SentenceEncoder.from_pretrained('nomic-ai/modernbert-embed-base')"
+        )
+    return str(folder)

@@ -1,0 +1,226 @@
+"""From an iterator of texts to results in the same order: token budgets, retries, counts.
+
+Texts are read in windows. The texts of a window are sorted by length, grouped into batches that
+hold a budget of tokens, run, and put back in order; then the next window is read. Nothing here
+knows what is computed.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modernbert.packing import token_budget_batches
+from modernbert.tokenizer import TokenizedBatch
+
+logger = logging.getLogger("modernbert")
+
+BATCH_TOKENS = 16384
+WINDOW_TEXTS = 4096
+# A window of long texts ends early, after this many full batches.
+WINDOW_BATCHES = 64
+# What the tokenizer gets at once: enough for all its threads, little enough to be forgotten.
+CHUNK_TEXTS, CHUNK_CHARACTERS = 1024, 2**20
+TRUNCATIONS = ("warn", "cut", "error")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+@dataclass
+class EncodeReport:
+    """What happened to the texts of one call: pass one as `report=` and read it afterwards.
+
+    Attributes:
+        texts: texts read so far.
+        tokens: tokens of these texts that the model sees.
+        truncated_texts: texts longer than the model's bound.
+        cut_tokens: tokens that these texts lost.
+        truncated: tokens lost by the index of the text, truncated texts only (so it grows with
+            their number); set it to None to go without.
+        batch_tokens: the token budget in force; smaller than asked for once memory ran out.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    truncated_texts: int = 0
+    cut_tokens: int = 0
+    truncated: dict[int, int] | None = field(default_factory=dict)
+    batch_tokens: int = 0
+
+
+class NotFinite(ValueError):
+    """A result holds NaN or infinity; `row` is its place in the batch."""
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How texts become results.
+
+    Attributes:
+        tokenize: texts to ids, cut at `max_length`.
+        run: ids of a batch, B tensors (length,) int32, to a tensor (B, ...) or a list of B.
+        max_length: tokens of the longest text, for messages.
+        report: counts, and the token budget, which shrinks when memory runs out.
+        batch_size: at most this many texts in a batch, or None.
+        window: texts that are sorted by length together.
+        truncation: "warn", "cut" or "error".
+        progress: show a bar that counts tokens.
+    """
+
+    tokenize: Callable[[list[str]], TokenizedBatch]
+    run: Callable[[list[Tensor]], Any]
+    max_length: int
+    report: EncodeReport
+    batch_size: int | None = None
+    window: int = WINDOW_TEXTS
+    truncation: str = "warn"
+    progress: bool = False
+
+    def windows(self, texts: Iterable[str]) -> Iterator[Any]:
+        """The results of one window of texts after the other, in order: tensors or lists.
+
+        Raises `ValueError` for an input that is no text, a text too long under "error", and a
+        result that is not finite; `MemoryError` when a single text does not fit. All name the
+        index of the text.
+        """
+        if not isinstance(texts, Iterable):
+            raise ValueError(f"got {texts!r:.80}; expected a text or an iterable of texts")
+        return self._generate(texts)
+
+    def _generate(self, texts: Iterable[str]) -> Iterator[Any]:
+        report = self.report
+        known = len(texts) if isinstance(texts, Sized) else 0
+        bar = tqdm(desc="Encoding", unit="tok", unit_scale=True, disable=not self.progress)
+        try:
+            for first, ids in self._read(texts):
+                if known:  # an estimate until all texts are read
+                    bar.total = report.tokens * known // report.texts
+                yield self._run_window(first, ids, bar)
+        finally:
+            bar.close()
+            if report.truncated_texts and self.truncation == "warn":
+                logger.warning(
+                    "%d of %d texts were cut to %d tokens and lost %d tokens in all",
+                    report.truncated_texts,
+                    report.texts,
+                    self.max_length,
+                    report.cut_tokens,
+                )
+
+    def _read(self, texts: Iterable[str]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Windows of token ids, each with the index of its first text."""
+        source, report = iter(texts), self.report
+        while True:
+            first, before = report.texts, report.tokens
+            window: list[Tensor] = []
+            while len(window) < self.window:
+                if report.tokens - before >= WINDOW_BATCHES * report.batch_tokens:
+                    break
+                limit = min(self.window - len(window), CHUNK_TEXTS)
+                chunk = _take(source, limit, report.texts)
+                if not chunk:
+                    break
+                batch = self.tokenize(chunk)
+                self._count(batch)
+                window += [torch.tensor(ids, dtype=torch.int32) for ids in batch.input_ids]
+            if not window:
+                return
+            yield first, window
+
+    def _count(self, batch: TokenizedBatch) -> None:
+        report = self.report
+        for ids, cut in zip(batch.input_ids, batch.truncated, strict=True):
+            if cut and self.truncation == "error":
+                raise ValueError(
+                    f"text {report.texts} has {len(ids) + cut} tokens, the bound is "
+                    f"{self.max_length}: split it, raise max_seq_length, or pass truncation='cut'"
+                )
+            if cut:
+                report.truncated_texts += 1
+                report.cut_tokens += cut
+                if report.truncated is not None:
+                    report.truncated[report.texts] = cut
+            report.tokens += len(ids)
+            report.texts += 1
+
+    def _run_window(self, first: int, ids: Sequence[Tensor], bar: tqdm) -> Any:
+        """The results of a window whose first text has the index `first`."""
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
+        pending, parts = deque(order), []
+        while pending:
+            lengths = (len(ids[i]) for i in pending)
+            budget = self.report.batch_tokens
+            batches = token_budget_batches(lengths, budget, max_sequences=self.batch_size)
+            rows = list(islice(pending, len(next(batches))))
+            tokens = sum(len(ids[i]) for i in rows)
+            try:
+                parts.append(self.run([ids[i] for i in rows]))
+                trouble = None
+            except NotFinite as error:
+                raise ValueError(f"text {first + rows[error.row]}: {error}") from None
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                trouble = str(error)
+            # The exception is gone by now, and with it the tensors of the failed attempt.
+            if trouble is not None:
+                self._shrink(first + rows[0], tokens, len(rows), trouble)
+                continue
+            for _ in rows:
+                pending.popleft()
+            bar.update(tokens)
+        return _in_order(parts, order)
+
+    def _shrink(self, index: int, tokens: int, texts: int, trouble: str) -> None:
+        """Halve the budget after a batch of `tokens` did not fit, or give up on a single text."""
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        if texts == 1:
+            raise MemoryError(
+                f"text {index} with {tokens} tokens does not fit into memory, even alone: lower "
+                f"max_seq_length ({self.max_length}) or use a narrower dtype ({trouble})"
+            )
+        self.report.batch_tokens = tokens // 2
+        logger.warning(
+            "out of memory with %d tokens in a batch: going on with %d", tokens, tokens // 2
+        )
+
+
+def _take(source: Iterator[str], limit: int, index: int) -> list[str]:
+    """Up to `limit` texts, fewer when they are long; `index` is that of the first."""
+    chunk: list[str] = []
+    characters = 0
+    for text in source:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"input {index + len(chunk)} is {type(text).__name__}, not a text: {text!r:.80}"
+            )
+        chunk.append(text)
+        characters += len(text)
+        if len(chunk) == limit or characters >= CHUNK_CHARACTERS:
+            break
+    return chunk
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on any device."""
+    text = str(error)
+    return isinstance(error, MemoryError) or any(phrase in text for phrase in NO_MEMORY)
+
+
+def _in_order(parts: list[Any], order: list[int]) -> Any:
+    """Results that came as `order` says, back in the order of the texts."""
+    places = torch.tensor(order).argsort()
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)[places.to(parts[0].device)]
+    results = [result for part in parts for result in part]
+    return [results[place] for place in places.tolist()]
