@@ -52,26 +52,35 @@ class AttentionPlan:
     """All that attention needs to know of a batch, made once and shared by every layer."""
 
     backend: str
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | None
     window: int | None
     keys: Tensor | None
     blocked: blocked.Plan | None
 
 
 def plan_attention(
-    lengths: tuple[int, ...],
+    cu_seqlens: Tensor,
+    total: int,
+    lengths: tuple[int, ...] | None,
     *,
     window: int | None,
     query_only: Tensor | None = None,
-    device: torch.device,
     dtype: torch.dtype,
     backend: str = "auto",
 ) -> AttentionPlan:
-    """Prepare attention for packed sequences of `lengths` tokens (their sum is T).
+    """Prepare attention for packed sequences.
 
-    `window` is the reach of local layers to each side, both ends included, or None when no layer
-    is local; `query_only` (T,) bool marks tokens that nobody attends to; `dtype` is that of q, k
-    and v. Raises `ValueError` for an unknown backend.
+    Args:
+        cu_seqlens: (B + 1,) int32, where each sequence starts.
+        total: T, the tokens of all sequences.
+        lengths: tokens of each sequence on the host; None inside a compiled graph, which must
+            hold for all lengths (the blocked backend only).
+        window: reach of local layers to each side, both ends included; None: no layer is local.
+        query_only: (T,) bool, tokens that nobody attends to.
+        dtype: of q, k and v.
+        backend: "auto" or one of `BACKENDS`.
+
+    Raises `ValueError` for an unknown backend.
     """
     name = "blocked" if backend == "auto" else backend
     if name not in BACKENDS:
@@ -79,7 +88,7 @@ def plan_attention(
     keys = None if query_only is None else ~query_only
     inner = None
     if name == "blocked":
-        inner = blocked.plan(lengths, window, keys, device, dtype)
+        inner = blocked.plan(cu_seqlens, total, lengths, window, keys, dtype)
     return AttentionPlan(name, lengths, window, keys, inner)
 
 
@@ -93,6 +102,7 @@ def attention(
     """
     if plan.blocked is not None:
         return blocked.attention(q, k, v, plan.blocked, local=local, dropout=dropout), None
+    assert plan.lengths is not None
     window = plan.window if local else None
     return reference.attention(
         q, k, v, plan.lengths, window=window, keys=plan.keys, dropout=dropout

@@ -8,7 +8,9 @@ Shapes: T = packed tokens, H = heads, d = head size, N = blocks, R = rows of a b
 S = R + 2 W keys of a block.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,32 +24,57 @@ class Plan:
     """What attention needs to know of a batch; it depends on the lengths only.
 
     Attributes:
-        runs: (first token, sequences, tokens of each) of neighbours of equal length.
+        cu_seqlens: (B + 1,), where each sequence starts.
+        runs: (first token, sequences, tokens of each) of neighbours of equal length; None inside
+            a compiled graph, which must hold for all lengths.
         keys: (T,) bool, tokens that may be attended to; None for all.
-        window: W, clipped to the longest sequence.
-        rows: R.
         mask: (N, 1, R, S) additive, 0 or -inf; None when no layer of the model needs it.
         blind: (T,) bool, queries of local layers that see no key at all; None for none.
         short: no sequence is longer than the window, so that local and global are the same.
     """
 
-    runs: tuple[tuple[int, int, int], ...]
+    cu_seqlens: Tensor
+    runs: tuple[tuple[int, int, int], ...] | None
     keys: Tensor | None
-    window: int
-    rows: int
     mask: Tensor | None
     blind: Tensor | None
     short: bool
 
 
 def plan(
-    lengths: tuple[int, ...],
+    cu_seqlens: Tensor,
+    total: int,
+    lengths: tuple[int, ...] | None,
     window: int | None,
     keys: Tensor | None,
-    device: torch.device,
     dtype: torch.dtype,
 ) -> Plan:
-    """Prepare sequences of `lengths` tokens for `attention`; `window` None: no local layer."""
+    """Prepare sequences of `lengths` tokens, `total` together; `window` None: no local layer.
+
+    `lengths` None works for any lengths, a little slower.
+    """
+    runs = None if lengths is None else equal_runs(lengths)
+    if window is None:
+        return Plan(cu_seqlens, runs, keys, None, None, short=False)
+    rows, short = ROWS, False
+    if lengths is not None:
+        longest = max(lengths, default=0)
+        short = longest <= window + 1
+        window = max(min(window, longest - 1), 0)
+        rows = max(min(ROWS, total), 1)
+    visible = _visible(cu_seqlens, total, window, rows, keys)
+    blind = None
+    if keys is not None:
+        seen = visible.any(-1)
+        visible |= ~seen[..., None]  # a softmax over nothing is NaN: their result is dropped later
+        blind = ~seen.flatten()[:total]
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    mask = mask.masked_fill(~visible, float("-inf"))[:, None]
+    return Plan(cu_seqlens, runs, keys, mask, blind, short)
+
+
+def equal_runs(lengths: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
+    """Neighbours of equal length: (first token, sequences, tokens of each), empty ones left out."""
     runs: list[tuple[int, int, int]] = []
     start = 0
     for length in lengths:
@@ -57,30 +84,17 @@ def plan(
         elif length:
             runs.append((start, 1, length))
         start += length
-    if window is None:
-        return Plan(tuple(runs), keys, 0, 1, None, None, short=False)
-    longest = max(lengths, default=0)
-    reach = max(min(window, longest - 1), 0)
-    rows = max(min(ROWS, start), 1)
-    visible = _visible(lengths, reach, rows, keys, device)
-    blind = None
-    if keys is not None:
-        seen = visible.any(-1)
-        visible |= ~seen[..., None]  # a softmax over nothing is NaN: their result is dropped later
-        blind = ~seen.flatten()[:start]
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-    mask.masked_fill_(~visible, float("-inf"))
-    return Plan(tuple(runs), keys, reach, rows, mask[:, None], blind, short=longest <= window + 1)
+    return tuple(runs)
 
 
 def _visible(
-    lengths: tuple[int, ...], window: int, rows: int, keys: Tensor | None, device: torch.device
+    cu_seqlens: Tensor, total: int, window: int, rows: int, keys: Tensor | None
 ) -> Tensor:
     """(N, R, S) bool: same sequence, within the window, and a key."""
-    total = sum(lengths)
+    device = cu_seqlens.device
+    place = torch.arange(total, device=device, dtype=cu_seqlens.dtype)
+    owner = torch.bucketize(place, cu_seqlens[1:], right=True)
     blocks = -(-total // rows)
-    sizes = torch.tensor(lengths, dtype=torch.int64)
-    owner = torch.arange(len(lengths)).repeat_interleave(sizes).to(device)
     spare = blocks * rows - total
     queries = F.pad(owner, (0, spare), value=-1).view(blocks, rows, 1)
     if keys is not None:
@@ -88,8 +102,9 @@ def _visible(
     # Rows after the end belong to sequence -1 and see the padding after the end: never NaN.
     owner = F.pad(F.pad(owner, (0, spare + window), value=-1), (window, 0), value=-2)
     keys_of_block = owner.unfold(0, rows + 2 * window, rows)[:, None, :]
-    band = torch.arange(rows + 2 * window) - torch.arange(rows)[:, None]
-    return (queries == keys_of_block) & ((band >= 0) & (band <= 2 * window)).to(device)
+    reach = torch.arange(rows + 2 * window, device=device)
+    band = reach - torch.arange(rows, device=device)[:, None]
+    return (queries == keys_of_block) & (band >= 0) & (band <= 2 * window)
 
 
 def attention(
@@ -102,37 +117,91 @@ def attention(
 
 
 def _global(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
+    if plan.runs is None:
+        assert not dropout, "a compiled graph has no attention dropout"
+        return _global_op(q, k, v, plan.cu_seqlens, plan.keys)
+    return _by_runs(q, k, v, plan.runs, plan.keys, dropout)
+
+
+def _by_runs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: tuple[tuple[int, int, int], ...],
+    keys: Tensor | None,
+    dropout: float = 0.0,
+) -> Tensor:
     outputs = []
-    for start, count, length in plan.runs:
+    for start, count, length in runs:
         here = slice(start, start + count * length)
         views = [x[here].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
-        mask = None
-        if plan.keys is not None:
-            keys = plan.keys[here].view(count, 1, 1, length)
-            blind = ~keys.any(-1, keepdim=True)
-            mask = keys | blind
+        mask = blind = None
+        if keys is not None:
+            mask = keys[here].view(count, 1, 1, length)
+            blind = ~mask.any(-1, keepdim=True)
+            mask = mask | blind
         out = F.scaled_dot_product_attention(*views, attn_mask=mask, dropout_p=dropout)
-        if plan.keys is not None:
+        if blind is not None:
             out = out.masked_fill(blind, 0.0)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, H, d)
     return outputs[0] if len(outputs) == 1 else torch.cat([q[:0], *outputs])
 
 
+@torch.library.custom_op("modernbert::global_attention", mutates_args=())
+def _global_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None
+) -> Tensor:
+    """Global attention as one node of a compiled graph, whatever the lengths of the batch."""
+    out = _by_runs(q, k, v, equal_runs(cu_seqlens.diff().tolist()), keys)
+    return out.contiguous()
+
+
+@_global_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("modernbert::global_attention_backward", mutates_args=())
+def _global_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        out = _by_runs(*inputs, equal_runs(cu_seqlens.diff().tolist()), keys)
+    found = torch.autograd.grad(out, inputs, grad)
+    return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
+
+
+@_global_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_global_backward(grad, *ctx.saved_tensors), None, None)
+
+
+_global_op.register_autograd(_gradients, setup_context=_remember)
+
+
 def _local(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
-    total, window, rows = len(q), plan.window, plan.rows
+    assert plan.mask is not None
+    total = q.shape[0]
     if not total:
         return q
-    assert plan.mask is not None
-    spare = plan.mask.shape[0] * rows - total
-    if spare:
-        q = F.pad(q, (0, 0, 0, 0, 0, spare))
-    queries = q.unflatten(0, (-1, rows)).transpose(1, 2)  # (N, H, R, d)
+    blocks, _, rows, reach = plan.mask.shape
+    window, spare = (reach - rows) // 2, blocks * rows - total
+    queries = F.pad(q, (0, 0, 0, 0, 0, spare)).unflatten(0, (blocks, rows)).transpose(1, 2)
     keys, values = (
-        F.pad(x, (0, 0, 0, 0, window, spare + window))
-        .unfold(0, rows + 2 * window, rows)
-        .transpose(2, 3)  # (N, H, S, d), a view
+        F.pad(x, (0, 0, 0, 0, window, spare + window)).unfold(0, reach, rows).transpose(2, 3)
         for x in (k, v)
-    )
+    )  # (N, H, S, d) each, a view; queries are (N, H, R, d)
     out = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=plan.mask, dropout_p=dropout
     )

@@ -58,21 +58,24 @@ class RotaryTable:
         self.tables: dict[torch.device, Tensor] = {}
 
     def __call__(self, positions: Tensor, max_position: int) -> Rotation:
+        if torch.compiler.is_compiling():  # a graph cannot grow a table; it fuses the cosines
+            cos, sin = self.rotations(positions)
+            return cos, sin
         table = self.tables.get(positions.device)
         if table is None or max_position >= table.shape[1]:
             length = max(self.length, 1 << max_position.bit_length())
             # Outside of inference mode, or training after a first inference call would fail.
             with torch.inference_mode(False), torch.no_grad():
-                table = self.make(length, positions.device)
+                table = self.rotations(torch.arange(length)).to(positions.device)
             self.tables[positions.device] = table
         cos, sin = table[:, positions]
         return cos, sin  # (T, d / 2) each
 
-    def make(self, length: int, device: torch.device) -> Tensor:
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-        frequencies = 1.0 / (self.theta**exponents)
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
-        return torch.stack((angles.cos(), angles.sin())).to(device)  # (2, length, d / 2)
+    def rotations(self, positions: Tensor) -> Tensor:
+        """(2, T, d / 2): cos and sin at `positions` (T,)."""
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device)
+        angles = positions.float()[:, None] * (1.0 / self.theta ** (steps / self.head_dim))
+        return torch.stack((angles.cos(), angles.sin()))
 
 
 class Embeddings(nn.Module):
@@ -217,10 +220,11 @@ class ModernBertModel(PreTrainedModel):
         x = self.embeddings(batch)
         kinds = set(self.config.layer_types)
         plan = kernels.plan_attention(
-            batch.lengths,
+            batch.cu_seqlens,
+            x.shape[0],
+            None if torch.compiler.is_compiling() else batch.lengths,
             window=self.config.sliding_window if SLIDING in kinds else None,
             query_only=batch.query_only,
-            device=x.device,
             dtype=compute_dtype(x),
             backend=self.attention,
         )
@@ -264,8 +268,9 @@ def as_packed(
         batch = pack_padded(
             input_ids, attention_mask, position_ids, inputs_embeds, query_only=query_only
         )
-    if batch.input_ids is not None and batch.num_tokens and batch.device.type == "cpu":
-        # Checked here only: a GPU reports it itself, and asking would make it wait.
+    looks = batch.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and batch.input_ids is not None and batch.input_ids.numel():
+        # A GPU reports bad ids itself, and asking it would make it wait.
         low, high = (int(i) for i in batch.input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
