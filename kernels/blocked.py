@@ -87,14 +87,12 @@ def equal_runs(lengths: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
     return tuple(runs)
 
 
-def _visible(
-    cu_seqlens: Tensor, total: int, window: int, rows: int, keys: Tensor | None
-) -> Tensor:
+def _visible(cu_seqlens: Tensor, total: int, window: int, rows: int, keys: Tensor | None) -> Tensor:
     """(N, R, S) bool: same sequence, within the window, and a key."""
     device = cu_seqlens.device
     place = torch.arange(total, device=device, dtype=cu_seqlens.dtype)
     owner = torch.bucketize(place, cu_seqlens[1:], right=True)
-    blocks = -(-total // rows)
+    blocks = max(-(-total // rows), 1)  # an empty stream is one block of padding
     spare = blocks * rows - total
     queries = F.pad(owner, (0, spare), value=-1).view(blocks, rows, 1)
     if keys is not None:
@@ -111,6 +109,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, local: bool, dropout: float = 0.0
 ) -> Tensor:
     """Attention within each sequence of a packed stream: (T, H, d) each, gives (T, H, d)."""
+    if not q.shape[0]:
+        return q
     if local or plan.short:
         return _local(q, k, v, plan, dropout)
     return _global(q, k, v, plan, dropout)
@@ -148,9 +148,7 @@ def _by_runs(
 
 
 @torch.library.custom_op("modernbert::global_attention", mutates_args=())
-def _global_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None
-) -> Tensor:
+def _global_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None) -> Tensor:
     """Global attention as one node of a compiled graph, whatever the lengths of the batch."""
     out = _by_runs(q, k, v, equal_runs(cu_seqlens.diff().tolist()), keys)
     return out.contiguous()
@@ -166,7 +164,11 @@ def _global_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
+    # The dispatcher has switched autograd off for what runs inside an operator.
+    recording = torch._C._SetExcludeDispatchKeyGuard(
+        torch._C.DispatchKey.AutogradFunctionality, False
+    )
+    with recording, torch.enable_grad():
         out = _by_runs(*inputs, equal_runs(cu_seqlens.diff().tolist()), keys)
     found = torch.autograd.grad(out, inputs, grad)
     return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
@@ -193,8 +195,6 @@ _global_op.register_autograd(_gradients, setup_context=_remember)
 def _local(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tensor:
     assert plan.mask is not None
     total = q.shape[0]
-    if not total:
-        return q
     blocks, _, rows, reach = plan.mask.shape
     window, spare = (reach - rows) // 2, blocks * rows - total
     queries = F.pad(q, (0, 0, 0, 0, 0, spare)).unflatten(0, (blocks, rows)).transpose(1, 2)

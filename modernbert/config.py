@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ INTEGER_BOUNDS = {
     "global_attn_every_n_layers": (1, 1024),
     "num_labels": (1, 2**20),
 }
+POSITIVE = ("norm_eps", "global_rope_theta", "local_rope_theta", "initializer_cutoff_factor")
 # Other values of these keys would change the arithmetic of the model: refused, never ignored.
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
@@ -53,7 +54,18 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "rotary_emb_dim": (None,),
 }
 # Written by other programs for themselves; meaningless or unsafe (auto_map) in a file of ours.
-NOT_KEPT = ("auto_map", "reference_compile", "repad_logits_with_grad", "transformers_version")
+NOT_KEPT = (
+    "auto_map",
+    "head_dim",
+    "num_key_value_heads",
+    "position_embedding_type",
+    "reference_compile",
+    "repad_logits_with_grad",
+    "transformers_version",
+)
+FLEXBERT_TYPES = ("bert", "flex_bert")
+# FlexBERT's keys that other programs write too, so that they prove nothing.
+AMBIGUOUS = {"attention_probs_dropout_prob", "hidden_act", "sliding_window"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class ModernBertConfig:
     hidden_activation: str = "gelu"
     max_position_embeddings: int = 8192
     initializer_range: float = 0.02
-    initializer_cutoff_factor: float | None = 2.0
+    initializer_cutoff_factor: float = 2.0
     norm_eps: float = 1e-5
     norm_bias: bool = False
     pad_token_id: int | None = 50283
@@ -116,8 +128,7 @@ class ModernBertConfig:
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected an integer in [{low}, {high}]")
-        if not self.layer_types:
-            object.__setattr__(self, "layer_types", self._pattern())
+        object.__setattr__(self, "layer_types", tuple(self.layer_types or self._pattern()))
         self._check_types()
         self._check_sizes()
         self._check_choices()
@@ -129,13 +140,13 @@ class ModernBertConfig:
     def _check_types(self) -> None:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.type is float or spec.name == "initializer_cutoff_factor":
-                if spec.name == "initializer_cutoff_factor" and value is None:
-                    continue
+            if spec.type is float:
                 if isinstance(value, bool) or not isinstance(value, int | float):
                     raise ValueError(f"{spec.name} is {value!r}; expected a number")
-                if not math.isfinite(value) or value < 0:
+                if not 0 <= value <= sys.float_info.max:
                     raise ValueError(f"{spec.name} is {value!r}; expected a finite number >= 0")
+                # transformers 5 refuses a 1 where it expects 1.0.
+                object.__setattr__(self, spec.name, float(value))
             elif spec.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{spec.name} is {value!r}; expected true or false")
             elif spec.name.endswith("_token_id") and value is not None:
@@ -170,8 +181,8 @@ class ModernBertConfig:
             raise ValueError(
                 f"id2label names {len(self.id2label)} labels, num_labels is {self.num_labels}"
             )
-        for name in ("norm_eps", "global_rope_theta", "local_rope_theta"):
-            if getattr(self, name) <= 0:
+        for name in POSITIVE:
+            if getattr(self, name) == 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number > 0")
         for name in ("attention", "embedding", "mlp", "classifier"):
             if getattr(self, f"{name}_dropout") >= 1:
@@ -216,9 +227,10 @@ class ModernBertConfig:
         depth = {"num_hidden_layers", "global_attn_every_n_layers"} & changes.keys()
         if depth and "layer_types" not in changes and self.layer_types == self._pattern():
             changes["layer_types"] = ()
-        if "num_labels" in changes and "id2label" not in changes:
-            if changes["num_labels"] != self.num_labels:
-                changes["id2label"] = None
+        if changes.get("id2label") is not None:
+            changes.setdefault("num_labels", len(changes["id2label"]))
+        elif changes.get("num_labels", self.num_labels) != self.num_labels:
+            changes["id2label"] = None
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -228,9 +240,16 @@ class ModernBertConfig:
         `source` names the file in errors. Raises `ValueError` by key name and value.
         """
         try:
-            return cls(**_translate(dict(raw)))
+            config = cls(**_translate(dict(raw)))
+            for name, own in (
+                ("head_dim", config.head_dim),
+                ("num_key_value_heads", config.num_attention_heads),
+            ):
+                if raw.get(name) not in (None, own):
+                    raise ValueError(f"{name} is {raw[name]!r}; this library implements {own} only")
+            return config
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+            raise ValueError(f"{source}: {str(error)[:500]}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that transformers 4.48, 4.57 and 5.x all read with the same meaning."""
@@ -243,6 +262,9 @@ class ModernBertConfig:
         labels, extra = self._labels(), own.pop("extra")
         for name in ("id2label", "num_labels", "problem_type", "dtype", "architectures"):
             own.pop(name)
+        for name in ("hidden_activation", "classifier_activation"):
+            if own[name] == "gelu_tanh":  # FlexBERT's name
+                own[name] = "gelu_pytorch_tanh"
         own["layer_types"] = list(self.layer_types)
         own["rope_parameters"] = {
             FULL: {"rope_type": "default", "rope_theta": self.global_rope_theta},
@@ -264,17 +286,11 @@ class ModernBertConfig:
 
 def _translate(raw: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `ModernBertConfig` for any dialect of `config.json`."""
-    flexbert = any(name in raw for name in FLEXBERT_CONFIG)
-    kind = raw.pop("model_type", None)
-    if kind not in (None, "modernbert") and not (flexbert and kind in ("bert", "flex_bert")):
-        raise ValueError(f"model_type is {kind!r}; this library loads 'modernbert' models only")
+    _flexbert(raw, raw.pop("model_type", None))
     for name, allowed in MUST_BE.items():
-        if name in raw and not any(
-            raw[name] is a or (type(raw[name]) is type(a) and raw[name] == a) for a in allowed
-        ):
-            raise ValueError(f"{name} is {raw[name]!r}, which this library does not implement")
-    if flexbert:
-        _flexbert(raw)
+        value = raw.get(name)
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+            raise ValueError(f"{name} is {value!r}, which this library does not implement")
     _aliases(raw)
     _rope(raw)
     _labels(raw)
@@ -282,10 +298,9 @@ def _translate(raw: dict[str, Any]) -> dict[str, Any]:
     known, extra = {}, {}
     for name, value in raw.items():
         if name in fields and name != "extra":
-            nullable = fields[name].default is None or name.endswith("_token_id")
-            nullable = nullable or name == "initializer_cutoff_factor"
-            if value is not None or nullable:
-                known[name] = value  # null in a field that has no null means "the default"
+            # In a field that has no null, null means "the default".
+            if value is not None or fields[name].default is None or name.endswith("_token_id"):
+                known[name] = value
         elif not name.startswith("_") and name not in NOT_KEPT:
             extra[name] = value
     for name in ("layer_types", "architectures"):
@@ -293,29 +308,30 @@ def _translate(raw: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(known[name], list | tuple):
                 raise ValueError(f"{name} is {known[name]!r}; expected a list")
             known[name] = tuple(known[name])
-    for name, spec in fields.items():
-        if spec.type is float and type(known.get(name)) is int:
-            known[name] = float(known[name])
     if known.get("layer_types") == ():
         raise ValueError("layer_types is an empty list")
     return {**known, "extra": extra}
 
 
-def _flexbert(raw: dict[str, Any]) -> None:
+def _flexbert(raw: dict[str, Any], model_type: object) -> None:
     """Rename FlexBERT's keys in place; its -1 sentinels get their meaning."""
     norm = raw.pop("norm_kwargs", None) or {}
     if not isinstance(norm, Mapping):
         raise ValueError(f"norm_kwargs is {norm!r}; expected an object")
-    for name, value in (("norm_eps", norm.get("eps")), ("norm_bias", norm.get("bias"))):
-        if value is not None:
-            raw.setdefault(name, value)
-    for theirs, ours in FLEXBERT_CONFIG.items():
-        if theirs in raw:
-            value = raw.pop(theirs)
-            if raw.get(ours) is None:
-                raw[ours] = value
+    nested = {f"norm_kwargs.{name}": value for name, value in norm.items()}
+    given = {name: raw.pop(name, nested.get(name)) for name in FLEXBERT_CONFIG}
+    given = {name: value for name, value in given.items() if value is not None}
+    certain = given.keys() - AMBIGUOUS
+    if not (model_type in (None, "modernbert") or (model_type in FLEXBERT_TYPES and certain)):
+        raise ValueError(
+            f"model_type is {model_type!r}; this library loads 'modernbert' models only"
+        )
+    if model_type == "modernbert" and not certain and type(given.get("sliding_window")) is int:
+        given["sliding_window"] *= 2  # transformers 5 means the reach to one side
+    renamed = {FLEXBERT_CONFIG[name]: value for name, value in given.items()}
+    raw.update({name: value for name, value in renamed.items() if raw.get(name) is None})
     depth = raw.get("num_hidden_layers")
-    if type(depth) is int and 0 < depth <= INTEGER_BOUNDS["num_hidden_layers"][1]:
+    if certain and type(depth) is int and 0 < depth <= INTEGER_BOUNDS["num_hidden_layers"][1]:
         every = raw.get("global_attn_every_n_layers", 3)
         if raw.get("local_attention") == -1:  # no window anywhere
             raw["layer_types"] = [FULL] * depth
@@ -335,14 +351,8 @@ def _aliases(raw: dict[str, Any]) -> None:
         raw["dtype"] = torch_dtype
     if isinstance(raw.get("dtype"), str):
         raw["dtype"] = raw["dtype"].removeprefix("torch.")
-    for name in ("head_dim", "num_key_value_heads"):
-        value, heads = raw.pop(name, None), raw.get("num_attention_heads", 12)
-        if value is not None and isinstance(heads, int) and heads > 0:
-            expected = heads
-            if name == "head_dim" and isinstance(raw.get("hidden_size", 768), int):
-                expected = raw.get("hidden_size", 768) // heads
-            if value != expected:
-                raise ValueError(f"{name} is {value!r}; this library implements {expected} only")
+    if raw.get("initializer_cutoff_factor", 2.0) is None:
+        raw["initializer_cutoff_factor"] = 3.0  # transformers 4's reading of null
 
 
 def _rope(raw: dict[str, Any]) -> None:
@@ -351,23 +361,23 @@ def _rope(raw: dict[str, Any]) -> None:
         raw["global_rope_theta"] = 160000.0
     if "local_rope_theta" in raw and raw["local_rope_theta"] in (None, -1):
         raw["local_rope_theta"] = raw["global_rope_theta"]
-    scaling = raw.pop("rope_scaling", None)
     parameters = raw.pop("rope_parameters", None) or {}
+    scaling = raw.pop("rope_scaling", None) or {}  # transformers 5 merges it into both kinds
     if not isinstance(parameters, Mapping) or parameters.keys() - {FULL, SLIDING}:
         raise ValueError(f"rope_parameters is {parameters!r}; expected {FULL} and {SLIDING}")
     for kind, theta in ((FULL, "global_rope_theta"), (SLIDING, "local_rope_theta")):
-        entry = parameters.get(kind) or {}
-        for settings in (entry, scaling or {}):
-            if not isinstance(settings, Mapping):
-                raise ValueError(f"RoPE settings of {kind} are {settings!r}; expected an object")
-            rope_type = settings.get("rope_type", settings.get("type", "default"))
-            if rope_type != "default" or settings.get("partial_rotary_factor") not in (None, 1):
-                raise ValueError(
-                    f"rope_type is {rope_type!r} in {dict(settings)!r}; "
-                    "this library implements 'default' over the whole head only"
-                )
-        if entry.get("rope_theta") is not None:
-            raw[theta] = entry["rope_theta"]
+        own = parameters.get(kind) or {}
+        if not isinstance(own, Mapping) or not isinstance(scaling, Mapping):
+            raise ValueError(f"RoPE settings of {kind} are {own!r}, {scaling!r}; expected objects")
+        settings = {**own, **scaling}
+        types = [settings.get(name, "default") for name in ("rope_type", "type")]
+        if types != ["default"] * 2 or settings.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(
+                f"RoPE settings of {kind} are {settings!r}; "
+                "this library implements rope_type 'default' over the whole head only"
+            )
+        if settings.get("rope_theta") is not None:
+            raw[theta] = settings["rope_theta"]
 
 
 def _labels(raw: dict[str, Any]) -> None:

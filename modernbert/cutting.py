@@ -26,7 +26,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 PIECE = 1 << 13  # characters of a long text that are counted as one
 PIECES = 32  # that are counted at once
-SCAN = 1 << 10  # characters that are searched for a place to cut before some are skipped
 MAX_TOKEN = 1 << 12  # characters of a token; the longest of ModernBERT has 512
 
 # The word patterns of GPT-2 and of Llama 3. Neither is slow on any text, and neither matches a
@@ -87,11 +86,21 @@ def _is_inert(character: str) -> bool:
     A character that this Python does not know yet (Cn) is none of those below.
     """
     kind = unicodedata.category(character)
-    return kind[0] in "NPSZ" or kind in ("Lu", "Ll", "Cc") or "\u3400" <= character <= "\u9fff"
+    return (
+        kind[0] in "NPSZ" or kind in ("Lu", "Ll", "Cc", "Cf") or "\u3400" <= character <= "\u9fff"
+    )
+
+
+def _words(encoding: tokenizers.Encoding) -> int:
+    return 1 + max((number for number in encoding.word_ids if number is not None), default=-1)
 
 
 class Cutter:
-    """The places to cut for one tokenizer."""
+    """The places to cut for one tokenizer.
+
+    `settles` says whether `settle` can find any; `numbers_words` whether the words of two parts are
+    together those of the text, so that they can be counted.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
@@ -107,15 +116,17 @@ class Cutter:
         normal, words = steps(backend.normalizer), steps(backend.pre_tokenizer)
         odd = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
         plain_bpe = isinstance(self._model, BPE) and not any(getattr(self._model, n) for n in odd)
-        self._starts = _word_starts(normal, words)
-        if SPACE_IS_LETTER in normal:
-            # The text is one word; a space still stands apart where no token holds it behind
-            # something else, as all that merges is a token.
-            joined = any("▁" in token.lstrip("▁") for token in self._vocabulary)
-            self._starts *= plain_bpe and not joined and "▁" in self._vocabulary
-        if any(token.rstrip or token.single_word for token in added):
-            self._starts = ""
-        self._settles = (
+        self.numbers_words = SPACE_IS_LETTER not in normal
+        # When spaces are letters, the text is one word. But whatever merges is a token: if none has
+        # a space behind something else, spaces stand apart.
+        apart = self.numbers_words or (
+            plain_bpe
+            and "▁" in self._vocabulary
+            and not any("▁" in token.lstrip("▁") for token in self._vocabulary)
+        )
+        greedy = any(token.rstrip or token.single_word for token in added)
+        self._starts = _word_starts(normal, words) if apart and not greedy else ""
+        self.settles = (
             plain_bpe
             and self._starts == " \n"
             and not self._model.unk_token
@@ -124,14 +135,17 @@ class Cutter:
         )
 
     def find(self, text: str, at: int) -> int:
-        """A place at or after `at` (> 0) where `text` may be cut, or its end when none is seen."""
-        skip = 0
-        while self._starts and at < len(text):
-            for cut in range(at, min(at + SCAN, len(text))):
-                if text[cut] in self._starts and self._is_free(text, cut):
-                    return cut
-            skip += SCAN
-            at += skip
+        """A place at or after `at` (> 0) where `text` may be cut, or its end when none is found."""
+        step = 1
+        while at < len(text):
+            place = len(text)
+            for start in self._starts:
+                found = text.find(start, at, place)
+                place = found if found >= 0 else place
+            if place == len(text) or self._is_free(text, place):
+                return place
+            # In a run of spaces no place is free; doubling steps cross it.
+            at, step = place + step, 2 * step
         return len(text)
 
     def settle(self, text: str, start: int, encoding: tokenizers.Encoding) -> tuple[int, int]:
@@ -143,7 +157,7 @@ class Cutter:
         crosses joins an end of t to a token y that text[cut:] begins with, and would do so in "ty"
         alone. If every such "ty" merges to t and y, no merge ever crosses.
         """
-        if not self._settles:
+        if not self.settles:
             return 0, start
         offsets, tokens = encoding.offsets, encoding.tokens
         for n in range(len(tokens) - 1, max(len(tokens) - 64, 0), -1):
@@ -158,27 +172,31 @@ class Cutter:
                 return n, cut
         return 0, start
 
-    def count(self, text: str) -> tuple[int, int]:
-        """The numbers of tokens and of words of `text`, counted in pieces."""
-        tokens = words = start = 0
+    def count(self, text: str, words: bool = False) -> int:
+        """The number of tokens, or of words, of `text`, counted in pieces."""
+        # The fast way numbers no words.
+        encode = self._backend.encode_batch if words else self._backend.encode_batch_fast
+        total = start = stop = 0
         pieces: list[str] = []
         while start < len(text):
-            stop = self.find(text, start + PIECE)
-            if stop - start > 2 * PIECE:
+            if stop < start + PIECE:
+                stop = self.find(text, start + PIECE)
+            # What follows such a cut tells whether a word ends there.
+            if stop - start > 2 * PIECE and not words:
                 window = text[start : start + PIECE]
                 encoding = self._backend.encode(window, add_special_tokens=False)
                 n, cut = self.settle(text, start, encoding)
                 if n:
-                    tokens, words, start = tokens + n, words + (encoding.word_ids[n] or 0), cut
+                    total += n
+                    start = cut
                     continue
             pieces.append(text[start:stop])
             start = stop
             if len(pieces) == PIECES or start == len(text):
-                for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False):
-                    tokens += len(encoding)
-                    words += 1 + max((w for w in encoding.word_ids[-1:] if w is not None), default=-1)
+                for encoding in encode(pieces, add_special_tokens=False):
+                    total += _words(encoding) if words else len(encoding)
                 pieces = []
-        return tokens, words
+        return total
 
     def _is_free(self, text: str, cut: int) -> bool:
         """Whether a cut parts no added token and follows no space."""
@@ -196,7 +214,8 @@ class Cutter:
         # What NFC makes of text[cut:reach] must not depend on what follows.
         while cut < reach < len(text) and not _is_inert(text[reach]):
             reach -= 1
-        [(rest, _)] = self._letters.pre_tokenize_str(self._normalized(text[cut:reach])) or [("", ())]
+        pieces = self._letters.pre_tokenize_str(self._normalized(text[cut:reach]))
+        rest = "".join(piece for piece, _ in pieces)
         if len(rest) < self._longest and reach < len(text):
             return False
         heads = (rest[:n] for n in range(1, min(len(rest), self._longest) + 1))

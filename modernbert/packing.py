@@ -101,10 +101,11 @@ def pack(
     """Pack token ids, one sequence per text, into one stream.
 
     `query_only` marks, in the same shape, tokens that attend but are attended to by none
-    (ColBERT's query expansion). Raises `ValueError` when its lengths differ from the ids'.
+    (ColBERT's query expansion). Raises `ValueError` when its lengths differ from the ids', and for
+    anything but lists of integers.
     """
-    lengths = tuple(len(ids) for ids in sequences)
-    parts = [torch.as_tensor(ids, dtype=torch.int64).cpu() for ids in sequences]
+    parts = [_token_ids(text) for text in sequences]
+    lengths = tuple(len(ids) for ids in parts)
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *parts])
     mask = None
     if query_only is not None:
@@ -112,9 +113,20 @@ def pack(
             raise ValueError("query_only must mark every token: its lengths differ from the ids'")
         mask = torch.tensor([flag for row in query_only for flag in row], dtype=torch.bool)
     cu_seqlens, positions = _layout(lengths, torch.device("cpu"))
-    batch = PackedBatch(lengths, cu_seqlens, positions, max(lengths, default=1) - 1, ids)
-    batch = replace(batch, query_only=mask)
+    last = max((1, *lengths)) - 1
+    batch = PackedBatch(lengths, cu_seqlens, positions, last, ids, query_only=mask)
     return batch if device is None else batch.to(device)
+
+
+def _token_ids(text: Sequence[int] | Tensor) -> Tensor:
+    """The ids of one text, (length,) int64 on the host; rounds nothing to an id."""
+    try:
+        ids = torch.as_tensor(text, device="cpu")
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        ids = torch.empty(())
+    if ids.dim() != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
+        raise ValueError(f"each text must be a list of integer token ids, not {text!r:.80}")
+    return ids.long()
 
 
 def pack_padded(
@@ -147,7 +159,12 @@ def pack_padded(
     lengths, index = _runs(shape, attention_mask, query_only)
     cu_seqlens, positions = _layout(lengths, source.device)
     batch = PackedBatch(
-        lengths, cu_seqlens, positions, max(lengths, default=1) - 1, None, None, None, shape, index
+        lengths,
+        cu_seqlens,
+        positions,
+        max((1, *lengths)) - 1,
+        padded_shape=shape,
+        padded_index=index,
     )
     if position_ids is not None:
         if position_ids.shape not in (shape, (1, shape[1])):
@@ -171,14 +188,14 @@ def _runs(
     shape: tuple[int, int], mask: Tensor | None, query_only: Tensor | None
 ) -> tuple[tuple[int, ...], Tensor | None]:
     """Length of each row's run of tokens, and the flat place of every token (None: all)."""
-    if mask is None:
-        return (shape[1],) * shape[0], None
     for name, given in (("attention_mask", mask), ("query_only", query_only)):
         if given is not None and given.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(given.shape)}, the batch {shape}; "
                 "only masks of one entry per token are supported"
             )
+    if mask is None:
+        return (shape[1],) * shape[0], None
     if mask.dtype != torch.bool and ((mask != 0) & (mask != 1)).any():
         raise ValueError("attention_mask holds values other than 0 and 1")
     present = mask.bool() if query_only is None else mask.bool() | query_only.bool()
@@ -210,8 +227,9 @@ def token_budget_batches(
 
     Yields lists of indices into `lengths`; a text longer than the budget is a group of its own.
     """
-    if budget < 1:
-        raise ValueError(f"the token budget is {budget}; it must be at least 1")
+    for name, least in (("the token budget", budget), ("max_sequences", max_sequences)):
+        if least is not None and least < 1:
+            raise ValueError(f"{name} is {least}; it must be at least 1")
     group: list[int] = []
     tokens = 0
     for index, length in enumerate(lengths):

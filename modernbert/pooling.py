@@ -120,7 +120,7 @@ class Pooling(nn.Module):
     def to_config(self) -> dict[str, Any]:
         """The form up to sentence-transformers 5.3, which TEI, vLLM and llama.cpp read too."""
         flags = {flag: mode in self.modes for mode, flag in POOLING_FLAGS.items()}
-        config = {"word_embedding_dimension": self.hidden_size, **flags}
+        config: dict[str, Any] = {"word_embedding_dimension": self.hidden_size, **flags}
         config["include_prompt"] = self.include_prompt
         if self.modes != tuple(mode for mode in POOLING_FLAGS if mode in self.modes):
             # Booleans have no order. This key makes old readers refuse what they would get wrong.
@@ -160,7 +160,7 @@ class Dense(nn.Module):
         )
         if not isinstance(config, dict):
             raise CheckpointError(f"{source} is missing or holds no JSON object")
-        sizes = {key: config.get(key) for key in ("in_features", "out_features")}
+        sizes: dict[str, Any] = {key: config.get(key) for key in ("in_features", "out_features")}
         for key, value in sizes.items():
             if type(value) is not int or not 1 <= value <= 2**20:
                 raise CheckpointError(f"{source}: {key} is {value!r}; expected a positive integer")

@@ -17,7 +17,13 @@ from typing_extensions import Self
 
 from modernbert.config import ModernBertConfig
 from modernbert.kernels import BACKENDS, computes_natively
-from modernbert.weights import Checkpoint, CheckpointError, open_checkpoint, save_folder
+from modernbert.weights import (
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+    push_folder,
+    save_folder,
+)
 
 logger = logging.getLogger("modernbert")
 
@@ -43,7 +49,7 @@ class Output:
 
 def trunc_normal(module: nn.Linear | nn.Embedding, std: float, config: ModernBertConfig) -> None:
     """Normal weights cut at initializer_cutoff_factor standard deviations; zero bias."""
-    cut = (config.initializer_cutoff_factor or 3.0) * std
+    cut = config.initializer_cutoff_factor * std
     nn.init.trunc_normal_(module.weight, 0.0, std, -cut, cut)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
@@ -244,9 +250,7 @@ class PreTrainedModel(nn.Module):
         )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes; the commit's URL. Options: see `weights.push`."""
-        from modernbert.weights import push_folder
-
+        """Upload what `save_pretrained` writes; the commit's URL. Options: see `push_folder`."""
         return push_folder(self.save_pretrained, repo_id, **options)
 
     # -- the module -------------------------------------------------------------------------

@@ -130,14 +130,15 @@ class SentenceEncoder(nn.Module):
         self.pooling = pooling or Pooling(model.config.hidden_size)
         self.after = nn.Sequential(*after)
         settings = settings or Settings()
-        self.prompts = settings.prompts
+        self.prompts = dict(settings.prompts)
         self.default_prompt_name = settings.default_prompt_name
         self.similarity_fn_name = settings.similarity_fn_name
         self.truncate_dim = settings.truncate_dim
         self.do_lower_case = settings.do_lower_case
         self.calibration = settings.calibration
+        longest = model.config.max_position_embeddings
         self.max_seq_length = settings.max_seq_length or min(
-            tokenizer.model_max_length, model.config.max_position_embeddings
+            tokenizer.model_max_length or longest, longest
         )
 
     @classmethod
@@ -162,7 +163,7 @@ class SentenceEncoder(nn.Module):
 
         Raises `CheckpointError` (a `ValueError`) for a folder that cannot be loaded exactly.
         """
-        name = _embedded() if name_or_path is None else str(name_or_path)
+        name = _embedded() if name_or_path is None else name_or_path
         at: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         at |= {"token": token, "cache_dir": cache_dir}
         folder = open_folder(name, **at)
@@ -184,7 +185,8 @@ class SentenceEncoder(nn.Module):
                 "%s has no modules.json: pooling is %r, from its config.json", name, pooled
             )
         settings = read_settings(folder, transformer)
-        settings.truncate_dim = truncate_dim or settings.truncate_dim
+        if truncate_dim is not None:
+            settings.truncate_dim = truncate_dim
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         encoder = cls(model, tokenizer, pooling, after, settings=settings)
         return encoder.to(model.device).eval()
@@ -215,6 +217,17 @@ class SentenceEncoder(nn.Module):
     @similarity_fn_name.setter
     def similarity_fn_name(self, value: str) -> None:
         self._similarity_fn_name = check_similarity(value)
+
+    @property
+    def truncate_dim(self) -> int | None:
+        """How many leading dimensions `encode` keeps; None for all."""
+        return self._truncate_dim
+
+    @truncate_dim.setter
+    def truncate_dim(self, value: int | None) -> None:
+        if value is not None and value < 1:
+            raise ValueError(f"truncate_dim is {value}; expected a positive integer or None")
+        self._truncate_dim = value
 
     @property
     def out_features(self) -> int:
@@ -406,13 +419,14 @@ class SentenceEncoder(nn.Module):
         progress = options.show_progress_bar
         if progress is None:
             progress = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
-        report = EncodeReport(truncated=None) if options.report is None else options.report
+        report = EncodeReport() if options.report is None else options.report
         report.batch_tokens = options.batch_tokens or BATCH_TOKENS
         return Stream(
             tokenize=partial(self._tokenize, prompt),
             run=partial(self._run, options, dimension, ranges, self._prompt_length(prompt)),
             max_length=self.max_seq_length,
             report=report,
+            count_cuts=options.report is not None,
             batch_size=options.batch_size,
             window=options.window,
             truncation=options.truncation,
@@ -470,40 +484,40 @@ class SentenceEncoder(nn.Module):
                 hidden = self.model(batch).last_hidden_state  # (T, D)
                 states = batch.split(hidden)
                 if options.output_value == "token_embeddings":
-                    _check_finite(hidden, states)
+                    _check_finite(hidden)
                     return states
                 vectors = self.after(self.pooling(hidden, batch, prompt_length))
                 vectors = vectors[:, :dimension]  # (B, d)
                 if options.normalize_embeddings:
                     vectors = F.normalize(vectors, dim=-1)
-                _check_finite(vectors, vectors)
+                _check_finite(vectors)
         if options.precision != "float32":
             return torch.from_numpy(quantize(vectors.cpu().numpy(), options.precision, ranges))
         if options.one_vector_each:
             return vectors.cpu() if options.to_numpy else vectors
         return [
             {
-                "input_ids": row,
-                "attention_mask": torch.ones_like(row),
+                "input_ids": row.to(self.device, torch.int64),
+                "attention_mask": torch.ones(len(row), dtype=torch.int64, device=self.device),
                 "token_embeddings": state,
                 "sentence_embedding": vector,
             }
-            for row, state, vector in zip(
-                batch.split(batch.input_ids), states, vectors, strict=True
-            )
+            for row, state, vector in zip(ids, states, vectors, strict=True)
         ]
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """No gradients and no dropout; then the mode that the caller had."""
         training = self.training
-        self.train(False)
+        if training:
+            self.eval()
         try:
             # Not inference_mode: its tensors could never take part in a training step.
             with torch.no_grad():
                 yield
         finally:
-            self.train(training)
+            if training:
+                self.train()
 
     # -- similarity, calibration, saving ----------------------------------------------------
 
@@ -582,14 +596,11 @@ def _rows(windows: Iterator[Any], options: _Options) -> Iterator[Any]:
             yield row
 
 
-def _check_finite(values: Tensor, rows: Sequence[Tensor]) -> None:
-    """Raise `NotFinite` for the first of the `rows` of `values` with NaN or infinity."""
+def _check_finite(values: Tensor) -> None:
     if not torch.isfinite(values).all():
-        row = next(i for i, value in enumerate(rows) if not torch.isfinite(value).all())
         raise NotFinite(
-            row,
             "its vector contains NaN or infinity; float16 overflows in some models, "
-            "load this one with dtype='float32' or 'bfloat16'",
+            "load this one with dtype='float32' or 'bfloat16'"
         )
 
 

@@ -56,7 +56,7 @@ def read_modules_json(folder: ModelFolder) -> list[tuple[str, str]]:
     source = f"{folder.name}/modules.json"
     modules = []
     for entry in raw if isinstance(raw, list) else [raw]:
-        kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else ("", "")
+        kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (0, 0)
         if not isinstance(kind, str) or not isinstance(path, str):
             raise CheckpointError(f"{source} is not a list of modules with a type and a path each")
         package, _, short = kind.rpartition(".")

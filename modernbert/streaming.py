@@ -39,9 +39,9 @@ class EncodeReport:
         texts: texts read so far.
         tokens: tokens of these texts that the model sees.
         truncated_texts: texts longer than the model's bound.
-        cut_tokens: tokens that these texts lost.
-        truncated: tokens lost by the index of the text, truncated texts only (so it grows with
-            their number); set it to None to go without.
+        cut_tokens: tokens that these texts lost (what was cut off is tokenised to count them).
+        truncated: tokens lost by the index of the text, truncated texts only. It grows with their
+            number; `EncodeReport(truncated=None)` goes without.
         batch_tokens: the token budget in force; smaller than asked for once memory ran out.
     """
 
@@ -54,11 +54,7 @@ class EncodeReport:
 
 
 class NotFinite(ValueError):
-    """A result holds NaN or infinity; `row` is its place in the batch."""
-
-    def __init__(self, row: int, message: str) -> None:
-        super().__init__(message)
-        self.row = row
+    """A batch has a result with NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +63,11 @@ class Stream:
 
     Attributes:
         tokenize: texts to ids, cut at `max_length`.
-        run: ids of a batch, B tensors (length,) int32, to a tensor (B, ...) or a list of B.
+        run: ids of a batch, B tensors (length,) int32, to a tensor (B, ...) or a list of B; may
+            raise `NotFinite`.
         max_length: tokens of the longest text, for messages.
         report: counts, and the token budget, which shrinks when memory runs out.
+        count_cuts: count the tokens that were cut, not only the texts.
         batch_size: at most this many texts in a batch, or None.
         window: texts that are sorted by length together.
         truncation: "warn", "cut" or "error".
@@ -80,6 +78,7 @@ class Stream:
     run: Callable[[list[Tensor]], Any]
     max_length: int
     report: EncodeReport
+    count_cuts: bool = True
     batch_size: int | None = None
     window: int = WINDOW_TEXTS
     truncation: str = "warn"
@@ -109,11 +108,10 @@ class Stream:
             bar.close()
             if report.truncated_texts and self.truncation == "warn":
                 logger.warning(
-                    "%d of %d texts were cut to %d tokens and lost %d tokens in all",
+                    "%d of %d texts were cut to %d tokens; report=EncodeReport() says which",
                     report.truncated_texts,
                     report.texts,
                     self.max_length,
-                    report.cut_tokens,
                 )
 
     def _read(self, texts: Iterable[str]) -> Iterator[tuple[int, list[Tensor]]]:
@@ -129,28 +127,46 @@ class Stream:
                 chunk = _take(source, limit, report.texts)
                 if not chunk:
                     break
-                batch = self.tokenize(chunk)
-                self._count(batch)
-                window += [torch.tensor(ids, dtype=torch.int32) for ids in batch.input_ids]
+                window += self._tokenized(chunk)
             if not window:
                 return
             yield first, window
 
-    def _count(self, batch: TokenizedBatch) -> None:
+    def _tokenized(self, texts: list[str]) -> list[Tensor]:
+        """The ids of each text, after they are counted."""
         report = self.report
-        for ids, cut in zip(batch.input_ids, batch.truncated, strict=True):
-            if cut and self.truncation == "error":
-                raise ValueError(
-                    f"text {report.texts} has {len(ids) + cut} tokens, the bound is "
-                    f"{self.max_length}: split it, raise max_seq_length, or pass truncation='cut'"
-                )
-            if cut:
-                report.truncated_texts += 1
-                report.cut_tokens += cut
-                if report.truncated is not None:
-                    report.truncated[report.texts] = cut
-            report.tokens += len(ids)
-            report.texts += 1
+        try:
+            batch = self.tokenize(texts)
+        except ValueError:
+            # The tokenizer knows the place in this chunk; the caller wants the one in the stream.
+            for index, text in enumerate(texts, start=report.texts):
+                try:
+                    self.tokenize([text])
+                except ValueError as error:
+                    message = str(error).replace("texts[0]", f"text {index}")
+                    raise ValueError(message) from None
+            raise
+        if True in batch.was_truncated:
+            self._count_cuts(batch)
+        report.texts += len(batch)
+        report.tokens += sum(map(len, batch.input_ids))
+        return [torch.tensor(ids, dtype=torch.int32) for ids in batch.input_ids]
+
+    def _count_cuts(self, batch: TokenizedBatch) -> None:
+        report, flags = self.report, batch.was_truncated
+        if self.truncation == "error":
+            place = flags.index(True)
+            tokens = len(batch.input_ids[place]) + batch.truncated[place]
+            raise ValueError(
+                f"text {report.texts + place} has {tokens} tokens, the bound is "
+                f"{self.max_length}: split it, raise max_seq_length, or pass truncation='cut'"
+            )
+        report.truncated_texts += sum(flags)
+        if self.count_cuts:
+            report.cut_tokens += sum(batch.truncated)
+            if report.truncated is not None:
+                cuts = enumerate(batch.truncated, start=report.texts)
+                report.truncated |= {index: cut for index, cut in cuts if cut}
 
     def _run_window(self, first: int, ids: Sequence[Tensor], bar: tqdm) -> Any:
         """The results of a window whose first text has the index `first`."""
@@ -165,8 +181,9 @@ class Stream:
             try:
                 parts.append(self.run([ids[i] for i in rows]))
                 trouble = None
-            except NotFinite as error:
-                raise ValueError(f"text {first + rows[error.row]}: {error}") from None
+            except NotFinite:
+                parts += [self._run_alone(first + i, ids[i]) for i in rows]
+                trouble = None
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -179,6 +196,14 @@ class Stream:
                 pending.popleft()
             bar.update(tokens)
         return _in_order(parts, order)
+
+    def _run_alone(self, index: int, ids: Tensor) -> Any:
+        """A text by itself, after its batch failed: attention weighs neighbours by zero, and zero
+        times NaN is NaN, so the row that was not finite need not be the one to blame."""
+        try:
+            return self.run([ids])
+        except NotFinite as error:
+            raise ValueError(f"text {index}: {error}") from None
 
     def _shrink(self, index: int, tokens: int, texts: int, trouble: str) -> None:
         """Halve the budget after a batch of `tokens` did not fit, or give up on a single text."""
