@@ -7,7 +7,6 @@ d = width of the vectors.
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -18,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modernbert.encode_options import EncodeOptions
 from modernbert.model import ModernBertModel
 from modernbert.packing import PackedBatch, pack
 from modernbert.pooling import Dense, Pooling
-from modernbert.quantization import PRECISIONS, Calibration, quantize
+from modernbert.quantization import Calibration, quantize
 from modernbert.sentence_layout import (
     Settings,
     layout_files,
@@ -32,73 +32,21 @@ from modernbert.sentence_layout import (
 from modernbert.similarity import Vectors, check_similarity, similarity, similarity_pairwise
 from modernbert.streaming import (
     BATCH_TOKENS,
-    TRUNCATIONS,
     WINDOW_TEXTS,
     EncodeReport,
     NotFinite,
     Stream,
 )
 from modernbert.tokenizer import TokenizedBatch, Tokenizer
-from modernbert.weights import Checkpoint, open_checkpoint, open_folder, save_folder
+from modernbert.weights import (
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+    open_folder,
+    save_folder,
+)
 
 logger = logging.getLogger("modernbert")
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The arguments of `encode` after the inputs, checked."""
-
-    prompt_name: str | None = None
-    prompt: str | None = None
-    batch_size: int | None = None
-    show_progress_bar: bool | None = None
-    output_value: str | None = "sentence_embedding"
-    precision: str = "float32"
-    convert_to_numpy: bool = True
-    convert_to_tensor: bool = False
-    device: torch.device | str | None = None
-    normalize_embeddings: bool = False
-    truncate_dim: int | None = None
-    batch_tokens: int | None = None
-    truncation: str = "warn"
-    window: int = WINDOW_TEXTS
-    report: EncodeReport | None = None
-
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("output_value", ("sentence_embedding", "token_embeddings", None)),
-            ("precision", PRECISIONS),
-            ("truncation", TRUNCATIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; choose from {', '.join(map(str, choices))}"
-                )
-        for name in ("batch_size", "truncate_dim", "batch_tokens", "window"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}; expected a positive integer")
-        if self.precision != "float32" and not self.one_vector_each:
-            raise ValueError(f"precision {self.precision!r} is for sentence embeddings only")
-        if isinstance(self.device, list | tuple):
-            raise ValueError("encode runs on one device; start one process per device")
-        if self.report is not None and self.report.texts:
-            raise ValueError("this report belongs to an earlier call; pass a new EncodeReport()")
-
-    @classmethod
-    def of(cls, **options: Any) -> "_Options":
-        known = [spec.name for spec in fields(cls)]
-        if unknown := sorted(options.keys() - set(known)):
-            raise ValueError(f"unknown options {unknown}; encode takes inputs, {', '.join(known)}")
-        return cls(**options)
-
-    @property
-    def one_vector_each(self) -> bool:
-        return self.output_value == "sentence_embedding"
-
-    @property
-    def to_numpy(self) -> bool:
-        return self.convert_to_numpy and not self.convert_to_tensor
 
 
 class SentenceEncoder(nn.Module):
@@ -170,6 +118,11 @@ class SentenceEncoder(nn.Module):
         modules = read_modules_json(folder)
         transformer = modules[0][1] if modules else ""
         if transformer:
+            if folder.revision is not None:
+                raise CheckpointError(
+                    f"{name} keeps its Transformer in {transformer}/, which is read from a plain "
+                    f"folder only: run `hf download {name} --local-dir FOLDER` and load FOLDER"
+                )
             checkpoint = Checkpoint(f"{name}/{transformer}", folder.folder / transformer)
         else:
             folder = checkpoint = open_checkpoint(name, **at)
@@ -334,7 +287,7 @@ class SentenceEncoder(nn.Module):
         index, for an input that is no text, a text too long (`truncation="error"`), a vector with
         NaN or infinity; `MemoryError` when not even a single text fits.
         """
-        options = _Options.of(
+        options = EncodeOptions.of(
             prompt_name=prompt_name,
             prompt=prompt,
             batch_size=batch_size,
@@ -365,20 +318,18 @@ class SentenceEncoder(nn.Module):
                 result = list(result)
         return result[0] if isinstance(inputs, str) else result
 
-    def encode_stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
+    def encode_stream(self, inputs: Iterable[str], **options: Any) -> Iterator[Any]:
         """Yield the vector (d,) of each text, in order, in memory that does not grow.
 
         Reads `window` texts (fewer when they are long), sorts these by length, encodes them under
         the token budget, yields their vectors one by one, and reads on. So the first vector comes
         after the first window; a smaller window brings it sooner. Takes the options of `encode`
         and raises its errors; with `convert_to_numpy=False` it yields tensors.
-
-            for text, vector in zip(texts, encoder.encode_stream(texts)): ...
         """
-        if isinstance(texts, str):
+        if isinstance(inputs, str):
             raise ValueError("encode_stream takes an iterable of texts, not one text: use encode")
-        checked = _Options.of(**options)
-        return _rows(self._stream(checked).windows(texts), checked)
+        checked = EncodeOptions.of(**options)
+        return _rows(self._stream(checked).windows(inputs), checked)
 
     def encode_query(
         self,
@@ -407,7 +358,7 @@ class SentenceEncoder(nn.Module):
             return name
         return next((n for n in names if self.prompts.get(n)), names[0])
 
-    def _stream(self, options: _Options) -> Stream:
+    def _stream(self, options: EncodeOptions) -> Stream:
         """What reads, groups and runs the texts of a call; all that can change is settled here."""
         dimension = min(self.out_features, options.truncate_dim or self.get_embedding_dimension())
         ranges = None
@@ -469,7 +420,7 @@ class SentenceEncoder(nn.Module):
 
     def _run(
         self,
-        options: _Options,
+        options: EncodeOptions,
         dimension: int,
         ranges: np.ndarray | None,
         prompt_length: int,
@@ -551,7 +502,7 @@ class SentenceEncoder(nn.Module):
             batches = [inputs]
         else:
             options["normalize_embeddings"] = normalize_embeddings
-            stream = self._stream(_Options.of(**options))
+            stream = self._stream(EncodeOptions.of(**options))
             batches = (window.numpy() for window in stream.windows(inputs))
         self.calibration = Calibration.measure(batches, normalized=normalize_embeddings)
         return self.calibration
@@ -586,7 +537,7 @@ class SentenceEncoder(nn.Module):
         return push_folder(self.save_pretrained, repo_id, **options)
 
 
-def _rows(windows: Iterator[Any], options: _Options) -> Iterator[Any]:
+def _rows(windows: Iterator[Any], options: EncodeOptions) -> Iterator[Any]:
     """The results one by one."""
     for window in windows:
         for row in window:

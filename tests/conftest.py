@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same on any machine
@@ -21,6 +23,28 @@ def pytest_configure(config: pytest.Config) -> None:
             "the repository root is on sys.path and its kernels/ shadows Hugging Face's `kernels`; "
             "run `pytest`, not `python -m pytest`"
         )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need the Hub where it cannot be reached; asked once."""
+    wanting = [item for item in items if item.get_closest_marker("hub")]
+    if wanting and (reason := _why_no_hub()):
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_hub() -> str | None:
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        HfApi().model_info("answerdotai/ModernBERT-base", timeout=5)
+    except (OSError, HfHubHTTPError) as error:
+        return f"the Hub cannot be reached ({type(error).__name__})"
+    except Exception as error:  # the transport's own exceptions differ between versions
+        if "Connect" not in type(error).__name__ and "Timeout" not in type(error).__name__:
+            raise
+        return f"the Hub cannot be reached ({type(error).__name__})"
+    return None
 
 
 @pytest.fixture(scope="session")
