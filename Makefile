@@ -17,7 +17,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	set -e; out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
-	$(BIN)/python -m build --wheel --outdir "$$out" . >"$$out/log" 2>&1 || { cat "$$out/log"; exit 1; }; \
+	$(BIN)/python -m build --outdir "$$out" . >"$$out/log" 2>&1 || { cat "$$out/log"; exit 1; }; \
 	$(BIN)/pip install --quiet --no-deps --target "$$out/site" "$$out"/*.whl; \
 	root=$$PWD; cd "$$out"; MYPYPATH=site "$$root/$(BIN)/mypy" -p modernbert \
 		--config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache"

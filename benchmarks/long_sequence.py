@@ -27,7 +27,9 @@ NAMES = ("transformers sdpa", "modernbert")
 def build(name: str, layers: int) -> torch.nn.Module:
     """A base-sized encoder with random weights in float32."""
     if name == "modernbert":
-        return modernbert.ModernBertModel(modernbert.ModernBertConfig(num_hidden_layers=layers)).eval()
+        return modernbert.ModernBertModel(
+            modernbert.ModernBertConfig(num_hidden_layers=layers)
+        ).eval()
     import transformers
 
     config = transformers.ModernBertConfig(num_hidden_layers=layers)

@@ -134,13 +134,15 @@ def _by_runs(
     outputs = []
     for start, count, length in runs:
         here = slice(start, start + count * length)
-        views = [x[here].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+        q_run, k_run, v_run = (
+            x[here].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)
+        )
         mask = blind = None
         if keys is not None:
             mask = keys[here].view(count, 1, 1, length)
             blind = ~mask.any(-1, keepdim=True)
             mask = mask | blind
-        out = F.scaled_dot_product_attention(*views, attn_mask=mask, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask, dropout_p=dropout)
         if blind is not None:
             out = out.masked_fill(blind, 0.0)
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # (count * length, H, d)
@@ -163,14 +165,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None) 
 def _global_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     # The dispatcher has switched autograd off for what runs inside an operator.
     recording = torch._C._SetExcludeDispatchKeyGuard(
         torch._C.DispatchKey.AutogradFunctionality, False
     )
     with recording, torch.enable_grad():
-        out = _by_runs(*inputs, equal_runs(cu_seqlens.diff().tolist()), keys)
-    found = torch.autograd.grad(out, inputs, grad)
+        out = _by_runs(q, k, v, equal_runs(cu_seqlens.diff().tolist()), keys)
+    found = torch.autograd.grad(out, (q, k, v), grad)
     return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
 
 

@@ -210,14 +210,11 @@ class Cutter:
 
     def _is_final(self, token: str, text: str, cut: int) -> bool:
         """Whether no text[cut:] token can merge with anything of `token`, which ends at the cut."""
-        reach = min(cut + 4 * self._longest, len(text))
-        # What NFC makes of text[cut:reach] must not depend on what follows.
-        while cut < reach < len(text) and not _is_inert(text[reach]):
-            reach -= 1
+        reach = min(cut + 4 * self._longest, len(text))  # normalising leaves half or more of it
+        if reach < len(text) and not _is_inert(text[reach]):
+            return False  # what normalising makes of text[cut:reach] depends on what follows
         pieces = self._letters.pre_tokenize_str(self._normalized(text[cut:reach]))
         rest = "".join(piece for piece, _ in pieces)
-        if len(rest) < self._longest and reach < len(text):
-            return False
         heads = (rest[:n] for n in range(1, min(len(rest), self._longest) + 1))
         return all(
             [part.value for part in self._model.tokenize(token + head)] == [token, head]

@@ -177,7 +177,7 @@ class ModernBertForMaskedLM(HeadModel):
 class ClassifierModel(HeadModel):
     """A head with a linear layer of `num_outputs` on top."""
 
-    optional: ClassVar[tuple[str, ...]] = ("head.", "classifier.")
+    optional: ClassVar[tuple[str, ...]] = ("head", "classifier")
 
     def __init__(self, config: ModernBertConfig, *, attention: str = "auto"):
         super().__init__(config, attention=attention)

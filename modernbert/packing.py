@@ -178,7 +178,7 @@ def pack_padded(
         batch = replace(batch, positions=positions, max_position=high)
     return replace(
         batch,
-        input_ids=None if input_ids is None else batch.flatten(input_ids),
+        input_ids=None if input_ids is None else batch.flatten(input_ids).long(),
         inputs_embeds=None if inputs_embeds is None else batch.flatten(inputs_embeds),
         query_only=None if query_only is None else batch.flatten(query_only).bool(),
     )

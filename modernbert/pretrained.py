@@ -7,7 +7,7 @@ parameters, so that a missing, extra or misshapen tensor is an error by name.
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from modernbert.kernels import BACKENDS, computes_natively
 from modernbert.weights import (
     Checkpoint,
     CheckpointError,
+    ModelFolder,
     open_checkpoint,
     push_folder,
     save_folder,
@@ -58,7 +59,7 @@ def trunc_normal(module: nn.Linear | nn.Embedding, std: float, config: ModernBer
 class PreTrainedModel(nn.Module):
     """Base of every model class."""
 
-    # Tensors, by prefix, that start from random numbers when a checkpoint has none of them.
+    # Modules that start from random numbers when a checkpoint has nothing of them.
     optional: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModernBertConfig, *, attention: str = "auto"):
@@ -67,7 +68,7 @@ class PreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: ModelFolder | None = None  # the folder it was loaded from
 
     # -- weights ----------------------------------------------------------------------------
 
@@ -159,7 +160,8 @@ class PreTrainedModel(nn.Module):
             )
         model.tie_weights()
         model._check_tied(checkpoint)
-        model.checkpoint = checkpoint
+        # Not the checkpoint itself: open files cannot be copied or sent to another process.
+        model.checkpoint = ModelFolder(checkpoint.name, checkpoint.folder)
         return model.eval()
 
     def reset_optional(self, names: list[str]) -> None:
@@ -175,12 +177,15 @@ class PreTrainedModel(nn.Module):
         """Compare names, shapes and dtypes; the names of tensors that are to be initialised."""
         own = {self.canonical(name): p for name, p in self.named_parameters()}
         missing = sorted(own.keys() - checkpoint.tensors.keys())
-        fresh = [name for name in missing if name.startswith(self.optional)]
-        if fresh and set(fresh) != _whole_heads(own, fresh):
-            fresh = []  # half a head is a broken file, not a base model
+        # A base model has nothing of a head; half a head, or less than its own, is a broken file.
+        stored = {name.split(".")[0] for name in checkpoint.tensors}
+        absent = [part for part in self.optional if part not in stored]
+        fresh = [name for name in missing if name.split(".")[0] in absent]
+        if "classifier" in stored:
+            fresh = []
         missing = [name for name in missing if name not in fresh]
         # What belongs to a head that this class does not have is of no concern to it.
-        others = {"head", "decoder", "classifier"} - {name.split(".")[0] for name in own}
+        others = {part for part in ("head", "decoder", "classifier") if not hasattr(self, part)}
         extra = sorted(
             name
             for name in checkpoint.tensors.keys() - own.keys()
@@ -363,12 +368,6 @@ def choose_dtype(
         device.type.upper(),
     )
     return torch.float32
-
-
-def _whole_heads(names: Iterable[str], some: list[str]) -> set[str]:
-    """All of `names` that belong to the heads of which `some` are parts."""
-    heads = {name.split(".")[0] for name in some}
-    return {name for name in names if name.split(".")[0] in heads}
 
 
 def _resized(weight: Tensor, size: int) -> Tensor:

@@ -43,6 +43,7 @@ from modernbert.weights import (
     CheckpointError,
     open_checkpoint,
     open_folder,
+    push_folder,
     save_folder,
 )
 
@@ -107,7 +108,8 @@ class SentenceEncoder(nn.Module):
 
         A plain folder is pooled as its config says (`classifier_pooling`). Without a name, the
         checkpoint that ships with the package. `truncate_dim` keeps the leading dimensions of a
-        Matryoshka model; the other arguments are those of `ModernBertModel.from_pretrained`.
+        Matryoshka model; `device` is the GPU if there is one; the other arguments are those of
+        `ModernBertModel.from_pretrained`.
 
         Raises `CheckpointError` (a `ValueError`) for a folder that cannot be loaded exactly.
         """
@@ -531,9 +533,7 @@ class SentenceEncoder(nn.Module):
         )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes; the commit's URL. Options: see `weights.push`."""
-        from modernbert.weights import push_folder
-
+        """Upload what `save_pretrained` writes; the commit's URL. Options: see `push_folder`."""
         return push_folder(self.save_pretrained, repo_id, **options)
 
 

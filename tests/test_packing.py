@@ -111,6 +111,12 @@ def test_without_padding_nothing_moves(rows: int, columns: int) -> None:
         assert torch.equal(batch.unpack(batch.input_ids), ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    ids, mask = padded([3, 1], "left")
+    assert same(pack_padded(ids.to(dtype), mask), pack_padded(ids, mask))
+
+
 @given(LENGTHS, SIDES)
 def test_embeddings_instead_of_ids(lengths: list[int], side: str) -> None:
     ids, mask = padded(lengths, side)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modernbert import cutting
 from modernbert import tokenizer as tokenizer_module
-from modernbert.cutting import KNOWN_REGEXES, Cutter
+from modernbert.cutting import KNOWN_REGEXES
 from modernbert.tokenizer import Tokenizer
 
 # Token ids that the published tokenizer gives.
@@ -115,6 +115,8 @@ def _gemma(official: bytes) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     state = json.loads(backend.to_str())
     state["added_tokens"] = state["added_tokens"][:5]
+    state["model"]["vocab"]["▁▁"] = len(state["model"]["vocab"])
+    state["model"]["merges"].insert(0, ["▁", "▁"])
     return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
@@ -300,18 +302,19 @@ def test_truncation_is_that_of_transformers(
         specials = 3 if pair else 2
         sizes = [len(_full(ours, text)) for text in texts][: 1 + pair]
         other = {"only_first": sizes[-1], "only_second": sizes[0]}.get(str(strategy), 0)
-        if pair and sum(sizes) > length - specials <= other and strategy:
-            # Nothing would be left of the text that may be cut; transformers keeps all and warns.
-            if strategy != "longest_first":
-                refused += 1
-                with pytest.raises(ValueError, match="leaves nothing of the text"):
-                    ours(*texts, **arguments)
-                continue
-        given = texts if pair else texts[:1]
-        batch, expected = ours(*given, **arguments), theirs(*given, **arguments)
-        assert batch.input_ids[0] == expected["input_ids"], (given, length)
-        assert batch.sequence_ids[0] == expected.sequence_ids()
-        assert batch.word_ids[0] == expected.word_ids()
+        only = pair and str(strategy).startswith("only")
+        if only and other >= length - specials < sum(sizes):
+            # Nothing would be left of the text that may be cut.
+            refused += 1
+            with pytest.raises(ValueError, match="leaves nothing of the text"):
+                ours(*texts, **arguments)
+            continue
+        given = [[text] for text in texts][: 1 + pair]  # alone, "" is no pair for transformers
+        batch = ours(*given, **arguments, truncation_side=side)
+        expected = theirs(*given, **arguments)
+        assert batch.input_ids == expected["input_ids"], (given, length)
+        assert batch.sequence_ids[0] == expected.sequence_ids(0)
+        assert batch.word_ids[0] == expected.word_ids(0)
         assert batch.truncated == [sum(sizes) + specials - len(batch.input_ids[0])]
         assert batch.was_truncated == [batch.truncated[0] > 0]
     assert (refused > 0) == (strategy in ("only_first", "only_second"))
@@ -379,7 +382,7 @@ def test_cutting_changes_nothing(kind: str, pipelines: dict[str, Tokenizer]) -> 
         for (a, b), (first, last) in zip(batch.offsets[0], full.offsets[kept], strict=True):
             assert b == last and a >= first and text[first:a].strip() == ""
             assert not text[a:b][:1].isspace()
-        assert Cutter(tokenizer._backend).count(text) == len(full)
+        assert tokenizer._cutter.count(text) == len(full)
         [(part,)] = batch._rows
         seen.append(
             "whole"
@@ -405,16 +408,15 @@ def test_no_cut_where_it_would_change_ids(pipelines: dict[str, Tokenizer]) -> No
         ("bert", "FOO", " bar"),
         ("bert", "e\u0301", " x"),
         ("gemma", "a▁", " b"),
-        ("llama", "!", "\nb"),  # "!\n" is one word
+        ("llama", "!", "\n\n \n b"),  # "!\n\n" is one word
         ("prefix", "a", "\nb"),  # the second part would get a space of its own
     ]:
         tokenizer = pipelines[kind]
-        both = [len(_full(tokenizer, part)) for part in (left, right)]
         text = left + right
         assert tokenizer._cutter.find(text, len(left)) == len(text), (kind, text)
         if (kind, left) != ("gpt2", "a\n"):
             ids = [i for part in (left, right) for i in _full(tokenizer, part).ids]
-            assert ids != _full(tokenizer, text).ids, (kind, text, both)
+            assert ids != _full(tokenizer, text).ids, (kind, text)
 
 
 def test_what_counts_as_inert_never_composes() -> None:
@@ -437,9 +439,9 @@ def test_what_counts_as_inert_never_composes() -> None:
 )
 def test_long_texts_cost_what_is_kept(modernbert: Tokenizer, text: str) -> None:
     modernbert("a " * 9000, max_length=8)  # the cutter is made once
-    start = time.perf_counter()
+    start = time.process_time()
     batch = modernbert(text, max_length=512)
-    assert time.perf_counter() - start < 1  # tokenising all takes 3 to 10 seconds
+    assert time.process_time() - start < 1  # tokenising all takes 3 to 10 seconds
     assert len(batch.input_ids[0]) == 512 and batch.was_truncated == [True]
     expected = _full(modernbert, text[:50_000]).ids[:510]
     assert batch.input_ids[0][1:-1] == expected
@@ -577,16 +579,16 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
         (b'{"model": {}, "model": {}}', "a key appears twice"),
         (b"[" * 100_000, "RecursionError"),
         (b'{"model": ' + b'{"a": ' * 200 + b"1" + b"}" * 201, "Exception"),
-        (b'{"a": [' + b"[]," * 2_000_000, "6,000,00. entries, more than"),
+        (b'{"a": [' + b"[]," * 2_000_000, "4,000,002 entries, more than"),
         (b" " * (64 * 2**20 + 1), "67,108,865 bytes"),
     ],
     ids=["empty", "not utf-8", "null", "no model", "twice", "deep", "nested", "many", "large"],
 )
 def test_what_is_no_tokenizer(raw: bytes, message: str, tmp_path: Path) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer(raw, source="some/tokenizer.json")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert str(caught.value).startswith("some/tokenizer.json ")
     (tmp_path / "tokenizer.json").write_bytes(raw)
     with pytest.raises(ValueError, match=r"tokenizer\.json"):

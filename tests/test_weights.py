@@ -600,12 +600,14 @@ def test_paths_that_leave_the_folder(tmp_path: Path, relative: str) -> None:
 
 
 LIMITS = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from modernbert.weights import CheckpointError, open_checkpoint
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def memory(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
 
 root = Path(sys.argv[1])
 try:
@@ -614,16 +616,18 @@ except CheckpointError:
     pass
 report = {}
 for folder in sorted(root.iterdir()):
-    before, start, error = peak(), time.monotonic(), None
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before, start, error = memory("VmRSS"), time.monotonic(), None
     try:
         open_checkpoint(folder)
     except CheckpointError as caught:
         error = str(caught)
-    report[folder.name] = [peak() - before, time.monotonic() - start, error]
+    report[folder.name] = [memory("VmHWM") - before, time.monotonic() - start, error]
 print(json.dumps(report))
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_and_time_of_hostile_folders(tmp_path: Path) -> None:
     def add(case: str, name: str, content: bytes, size: int | None = None) -> None:
         folder = write(tmp_path / case, tiny_tensors())
@@ -633,18 +637,18 @@ def test_memory_and_time_of_hostile_folders(tmp_path: Path) -> None:
         if size is not None:
             os.truncate(folder / name, size)
 
-    limit = 4 * 2**20
+    limit = 2 * 2**20
     small = b'"%07d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
     header = b"{" + b"".join(small % number for number in range(36_000)) + b'"x":1}'
     add("header 100 MB", WEIGHTS, safetensors_bytes(b"{", length=100_000_000), 100_000_100)
     add("header many", WEIGHTS, safetensors_bytes(header))
     add("header 40 MB", WEIGHTS, safetensors_bytes(header * 20))
-    add("header spaces", WEIGHTS, safetensors_bytes(b"{" + b" " * (limit // 2 - 3) + b"}x"))
+    add("header spaces", WEIGHTS, safetensors_bytes(b"{" + b" " * (limit - 3) + b"}x"))
     add("config 10 GB", "config.json", b"{", 10 * 2**30)
     add("config lists", "config.json", b"[" + b"[]," * (limit // 3 - 2) + b"[]]")
     add("config deep", "config.json", b"[" * limit)
     add("config keys", "config.json", b"{" + b'"":1,' * (limit // 5 - 2) + b'"":1}')
-    shards = b",".join(b'"%d":"%d.safetensors"' % (n, n) for n in range(100_000))
+    shards = b",".join(b'"%d":"%d.safetensors"' % (n, n) for n in range(70_000))
     add("index many", INDEX, b'{"weight_map":{' + shards + b"}}")
     add("index 10 MB", INDEX, b"[" + b"0," * 5_000_000 + b"0]")
     ran = subprocess.run(

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-MAX_JSON_BYTES = 4 * 2**20  # a config or index is some kilobytes; 4 MiB parse into < 100 MB
+MAX_JSON_BYTES = 2 * 2**20  # a config or index has some kilobytes, 30,000 labels have 2 MB
 MAX_JSON_DEPTH = 64
 MAX_FILE_BYTES = 64 * 2**20  # the largest tokenizer.json in use (mmBERT) has 34 MB
 
@@ -82,14 +82,15 @@ def _no_constant(text: str) -> NoReturn:
 def _is_deeper(value: Any, limit: int) -> bool:
     level = [value]
     for _ in range(limit + 1):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, dict | list)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-        if not level:
+        below: list[Any] = []
+        for parent in level:
+            if type(parent) is dict:
+                below.extend(parent.values())
+            elif type(parent) is list:
+                below.extend(parent)
+        if not below:
             return False
+        level = below
     return True
 
 
@@ -144,7 +145,7 @@ class ModelFolder:
     def read_json(self, relative: str) -> Any | None:
         """The parsed JSON file, None when absent.
 
-        Raises `CheckpointError` when it is broken, not UTF-8, above 4 MiB, deeper than 64 levels or
+        Raises `CheckpointError` when it is broken, not UTF-8, above 2 MiB, deeper than 64 levels or
         repeats a key.
         """
         raw = self._read(relative, MAX_JSON_BYTES)

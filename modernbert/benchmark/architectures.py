@@ -4,14 +4,13 @@ Sizes as published: BERT, RoBERTa, DeBERTaV3 and XLM-RoBERTa base and large; Nom
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 from .batches import PaddedBatch
-from .peers import Peer, Setting, absent
+from .peers import Peer, Setting, absent, quiet_transformers
 
 BASE = {
     "hidden_size": 768,
@@ -93,7 +92,7 @@ class Architecture(Peer):
         return self.row.longest
 
     def prepare(self, setting: Setting) -> None:
-        transformers = import_module("transformers")
+        transformers = quiet_transformers()
         size = {"base": BASE, "large": LARGE, "tiny": TINY}[setting.size]
         config = getattr(transformers, f"{self.row.stem}Config")(**size, **self.row.fields)
         kind = getattr(transformers, f"{self.row.stem}Model")

@@ -37,7 +37,7 @@ class Split:
 
     def batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of the texts of each batch; a text longer than `tokens` stands alone."""
-        order = range(len(lengths))
+        order = list(range(len(lengths)))
         if self.by_length:
             order = sorted(order, key=lambda i: -lengths[i])
         groups: list[list[int]] = []

@@ -18,7 +18,7 @@ from modernbert.tokenizer import Tokenizer
 
 from .batches import Split
 from .measure import Contestant
-from .peers import Setting, absent
+from .peers import Setting, absent, quiet_transformers
 from .workloads import Workload
 
 BATCH_SIZES = (8, 32)  # of sentence-transformers, which sorts by length itself
@@ -60,12 +60,13 @@ def end_to_end(
             for size in BATCH_SIZES
         ]
         few = texts[:4]
-        both = [torch.as_tensor(side.encode(few)).float() for side in (encoder, theirs)]
-        agreement = float(F.cosine_similarity(*both).min())
+        a, b = (torch.as_tensor(side.encode(few)).float() for side in (encoder, theirs))
+        agreement = float(F.cosine_similarity(a, b).min())
     return EndToEnd(Contestant(NAME, encode), others, agreement, missing)
 
 
 def _sentence_transformer(encoder: SentenceEncoder, setting: Setting) -> Any:
+    quiet_transformers()
     kind = import_module("sentence_transformers").SentenceTransformer
     options = {"dtype": setting.dtype, "attn_implementation": "sdpa"}
     with tempfile.TemporaryDirectory() as folder:

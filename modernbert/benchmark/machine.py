@@ -92,10 +92,10 @@ def git(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def short_name(device: torch.device) -> str:
+def short_name(device: str) -> str:
     """Machine name for files: "nvidia-h200", "amd-epyc-2-cores"."""
-    if device.type == "cuda":
-        text = torch.cuda.get_device_name(device)
+    if device == "cuda" and torch.cuda.is_available():
+        text = torch.cuda.get_device_name()
     else:
         cpu = _cpuinfo().get("model name") or platform.machine()
         text = f"{cpu.split('@')[0]} {usable_cores()} cores"

@@ -9,6 +9,7 @@ import torch
 
 ALWAYS = 2  # of the others are timed however slow they are
 PROBE_SHARE = 3  # first passes may take one third of the time
+USEFUL_ROUNDS = 3  # fewer say little: rather fewer implementations
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def alternate(
 
     A pair is A B in one round and B A in the next, so that a machine that slows down does not
     favour either. `others` come with the likely fastest first. When not all fit into `allowance`
-    seconds, the slowest are left out with a note; our first pass, those of two others, and one
-    round are made in any case.
+    seconds, the slowest are left out with a note; our first pass and those of two others are made
+    in any case.
     """
     start = clock()
     timings = {ours.name: Timing(first=timed(ours.run, device, clock))}
@@ -106,11 +107,16 @@ def alternate(
         if timing.first is not None:
             active.append(other)
     active.sort(key=lambda other: timings[other.name].first or 0.0)
-    while len(active) > ALWAYS:
-        pairs = sum((timings[c.name].first or 0.0) for other in active for c in (ours, other))
-        if clock() - start + rounds * pairs <= allowance:
-            break
+    left = allowance - (clock() - start)
+    while len(active) > ALWAYS and left < min(rounds, USEFUL_ROUNDS) * _cost(ours, active, timings):
         timings[active.pop().name].note = "one unwarmed pass: too slow for the time allowed"
+    if left < _cost(ours, active, timings):
+        for other in active:
+            first, partner = timings[other.name].first, timings[ours.name].first
+            assert first is not None and partner is not None
+            timings[other.name].seconds, timings[other.name].partner = [first], [partner]
+            timings[other.name].note = "a single unwarmed pair: too slow for the time allowed"
+        return timings
     for turn in range(rounds):
         begun = clock()
         for other in list(active):
@@ -129,6 +135,11 @@ def alternate(
         if 2 * clock() - start - begun > allowance:  # another round would end after it
             break
     return timings
+
+
+def _cost(ours: Contestant, others: Sequence[Contestant], timings: dict[str, Timing]) -> float:
+    """Seconds of one round, judged by the first passes."""
+    return sum(timings[c.name].first or 0.0 for other in others for c in (ours, other))
 
 
 def attempt(

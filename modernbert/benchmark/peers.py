@@ -262,11 +262,19 @@ class Exportable(nn.Module):
 
 def hugging_face(setting: Setting, attention: str) -> Any:
     """Hugging Face's ModernBERT in float32 with our weights."""
-    transformers = import_module("transformers")
+    transformers = quiet_transformers()
     config = transformers.ModernBertConfig(**setting.config.to_dict())
     model = transformers.ModernBertModel._from_config(config, attn_implementation=attention)
     model.load_state_dict(setting.weights)
     return model.eval()
+
+
+def quiet_transformers() -> Any:
+    """The package, with its hints about configs and its progress bars switched off."""
+    transformers = import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def example() -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """The published speeds: Warner et al. 2024, arXiv 2412.13663, table 2; nothing measured here."""
 
+from typing import Any
+
 SOURCE = "Warner et al. 2024, arXiv 2412.13663, table 2, one RTX 4090"
 WORKLOADS = ("fixed 512", "variable 512", "fixed 8192", "variable 8192")
 
@@ -52,3 +54,13 @@ def published_speed(size: str, workload: str, model: str = "ModernBERT") -> floa
         return None
     speed = row[WORKLOADS.index(workload)]
     return None if speed is None else 1000 * speed
+
+
+def as_dict(size: str) -> dict[str, Any]:
+    """The published figures of one size, for a report."""
+    return {
+        "source": SOURCE,
+        "workloads": list(WORKLOADS),
+        "thousand_tokens_per_second": TABLE.get(size, {}),
+        "largest_batch_512_8192": LARGEST_BATCH.get(size, {}),
+    }

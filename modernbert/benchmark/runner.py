@@ -1,34 +1,30 @@
-"""One run of the benchmark: prepare, measure, and put everything into one JSON-able report."""
+"""One run of the benchmark: prepare, measure, and put everything into one report."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from . import machine, published, workloads
-from .batches import PaddedBatch, Split, make_batches, pad
-from .catalogue import OURS, make_peer
-from .ceiling import Ceiling, best, measure_ceiling
-from .end_to_end import end_to_end
-from .flops import forward_flops
-from .measure import Contestant, Spread, Timing, alternate, describe, spread, timed
+from .ceiling import best, measure_ceiling
+from .contest import Contest, prepare_all
+from .end_to_end import BARE, NAME, THEIRS, end_to_end
+from .measure import Timing, alternate
 from .memory import largest_batch, peak_bytes
-from .peers import Peer, Setting, prepare
+from .peers import Setting
 from .presets import Preset, resolve_dtype
+from .results import add_shares, entry, result, skipped
 from .workloads import Skipped, Workload
 
 SCHEMA = 1
 PARTS = ("paper", "sweep", "real", "end-to-end", "memory", "largest")
-AGREES = 0.99  # cosine to ours; bfloat16 through 28 layers keeps more
-# Ragged as workloads are, and full ones of one text and of more: each may compile anew.
-WARM_UP = ((200, 33, 150), (130,), (96, 96))
-SHORT, LONG = 1.0, 4.0  # shares of the time for workloads up to 2048 tokens, and beyond
+RESERVED = 0.15  # of the time left stays for memory and the like
+LONG = 4.0  # times as much time for a workload with texts beyond 2048 tokens
+EVEN_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -43,199 +39,224 @@ class Options:
     parts: tuple[str, ...] = PARTS
 
 
-@dataclass
-class Prepared:
-    """A peer that can run here, and the batch size that suits it best."""
+def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure everything; the report is ready for `json.dumps`.
 
-    key: str
-    peer: Peer
-    split: Split | None = None
+    Raises `ValueError` when the preset's device is not here.
+    """
+    clock = Clock(60 * options.settings.minutes)
+    setting = make_setting(options)
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    conditions = machine.conditions(setting.device)
+    say(f"{conditions['cpu']}, {setting.threads} threads, {setting.dtype}")
+    before = measure_ceiling(setting.dtype, setting.device)
+    say("peers:")
+    contest = prepare_all(setting, options.settings.peers, options.settings.batch_tokens, say)
+    measured = measure_workloads(options, contest, clock, say)
+    memory = measure_memory(options, contest, say) if "memory" in options.parts else []
+    largest = measure_largest(options, contest, say) if "largest" in options.parts else []
+    ceiling = best([before, measure_ceiling(setting.dtype, setting.device)])
+    counted = {contest.ours.name: True, NAME: True, BARE: True}
+    counted |= {prepared.peer.name: prepared.peer.modernbert for prepared in contest.others}
+    for workload in measured:
+        add_shares(workload, ceiling.matmul_flops, counted)
+    return {
+        "schema": SCHEMA,
+        "benchmark": "modernbert bench",
+        "started": started,
+        "seconds": round(clock.elapsed(), 1),
+        "machine": conditions,
+        "load_average_after": machine.load_average(),
+        "settings": {
+            "preset": options.preset,
+            **asdict(options.settings),
+            "size": setting.size,
+            "dtype": str(setting.dtype).removeprefix("torch."),
+            "threads": setting.threads,
+            "parts": list(options.parts),
+        },
+        "ceiling": asdict(ceiling),
+        "peers": contest.states,
+        "workloads": measured,
+        "memory": memory,
+        "largest_batch": largest,
+        "published": published.as_dict(setting.size),
+    }
 
 
-class Run:
-    """The state of one run; `report` makes it."""
+class Clock:
+    """Divides the time a run may take."""
 
-    def __init__(self, options: Options, say: Callable[[str], None]):
-        self.options, self.say = options, say
-        self.begun = time.perf_counter()
-        self.device = torch.device(options.settings.device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"preset {options.preset!r} needs an NVIDIA GPU and none is usable here; "
-                "use --preset cpu"
+    def __init__(self, limit: float):
+        self.limit, self.begun = limit, time.perf_counter()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def allowance(self, share: float) -> float:
+        """Seconds for something that is `share` of all that is still to do."""
+        return max(self.limit - self.elapsed(), 0.0) * (1 - RESERVED) * share
+
+
+def make_setting(options: Options) -> Setting:
+    """Threads set, dtype chosen, weights made."""
+    device = torch.device(options.settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"preset {options.preset!r} needs an NVIDIA GPU that PyTorch can use, and there is "
+            "none; use --preset cpu"
+        )
+    threads = options.threads or machine.usable_cores()
+    torch.set_num_threads(threads)
+    dtype = resolve_dtype(options.settings.dtype, device)
+    return Setting.make(options.size, dtype, device, threads)
+
+
+def choose_workloads(options: Options) -> list[Workload | Skipped]:
+    """Short texts first, so that the fast ones are known when the long ones are timed."""
+    docs = options.settings.docs
+    jobs: list[Workload | Skipped] = []
+    if "paper" in options.parts:
+        jobs += workloads.paper(docs)
+    if "real" in options.parts:
+        jobs += workloads.real(options.data, 2 * docs)
+    if "sweep" in options.parts:
+        jobs += workloads.sweep(options.settings.sweep, docs)
+    return sorted(jobs, key=lambda job: _weight(job))
+
+
+def measure_workloads(
+    options: Options, contest: Contest, clock: Clock, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Every workload within its share of the time."""
+    jobs = choose_workloads(options)
+    speeds: dict[str, float] = {}
+    weights = [_weight(job) for job in jobs]
+    if "end-to-end" in options.parts:
+        weights.append(1.0)
+    results = []
+    for number, job in enumerate(jobs):
+        if isinstance(job, Skipped):
+            results.append(skipped(job.name, job.reason))
+            say(f"{job.name}: skipped, {job.reason}")
+            continue
+        say(f"{job.name}: {len(job.lengths)} texts, {job.tokens} tokens")
+        allowance = clock.allowance(weights[number] / sum(weights[number:]))
+        entries = compare(contest, job, speeds, options.settings.rounds, allowance)
+        results.append(result(job, entries, contest.setting.config, contest.setting.size))
+    if "end-to-end" in options.parts:
+        results.append(measure_end_to_end(options, contest.setting, clock, say))
+    return results
+
+
+def compare(
+    contest: Contest, workload: Workload, speeds: dict[str, float], rounds: int, allowance: float
+) -> list[dict[str, Any]]:
+    """Ours and every peer on one workload; `speeds` remembers who was fast."""
+    entries, others, named = [], [], {}
+    ours = contest.contestant(contest.ours, workload, contest.given)
+    named[ours.name] = (contest.ours.name, contest.given)
+    for prepared in contest.others:
+        peer, limit = prepared.peer, prepared.peer.longest(contest.setting)
+        if workload.longest > limit:
+            note = f"takes at most {limit} tokens a text here"
+            entries.append(entry(peer.name, None, workload, Timing(note=note)))
+            continue
+        for split in contest.splits(prepared, workload):
+            other = contest.contestant(peer, workload, split)
+            named[other.name] = (peer.name, split)
+            others.append(other)
+    others.sort(key=lambda other: -speeds.get(other.name, float("inf")))
+    with torch.inference_mode():
+        timings = alternate(
+            ours, others, rounds=rounds, allowance=allowance, device=contest.setting.device
+        )
+    for name, timing in timings.items():
+        peer_name, split = named[name]
+        entries.append(entry(peer_name, split, workload, timing))
+        if timing.median is not None:
+            speeds[name] = workload.tokens / timing.median
+    return entries
+
+
+def measure_end_to_end(
+    options: Options, setting: Setting, clock: Clock, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Texts in, vectors out."""
+    job = workloads.even_texts(options.data, options.settings.docs, EVEN_TOKENS)
+    if isinstance(job, Skipped):
+        say(f"{job.name}: skipped, {job.reason}")
+        return skipped(f"end to end, {job.name}", job.reason)
+    assert options.data is not None
+    say(f"end to end, {job.name}: {len(job.lengths)} texts, {job.tokens} tokens")
+    vocabulary = workloads.tokenizer_file(options.data)
+    both = end_to_end(setting, job, vocabulary, options.settings.batch_tokens)
+    timings = alternate(
+        both.ours,
+        both.others,
+        rounds=options.settings.rounds,
+        allowance=clock.allowance(1.0),
+        device=setting.device,
+    )
+    entries = [entry(name, None, job, timing) for name, timing in timings.items()]
+    if both.missing:
+        entries.append(entry(THEIRS, None, job, Timing(note=both.missing)))
+    found = result(job, entries, setting.config, setting.size)
+    return found | {"name": f"end to end, {job.name}", "agreement": both.agreement}
+
+
+def measure_memory(
+    options: Options, contest: Contest, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Peak memory of one pass by shape, for ours and the preset's `memory_peers`."""
+    settings, setting = options.settings, contest.setting
+    if setting.device.type == "cpu":
+        setting = Setting.make(
+            setting.size, setting.dtype, setting.device, setting.threads, settings.memory_layers
+        )
+    rows = []
+    prepared = {p.key: p.peer for p in contest.others if p.key in settings.memory_peers}
+    for key, peer in {"modernbert": contest.ours, **prepared}.items():
+        say(f"memory of {peer.name}")
+        for shape, found in zip(
+            settings.memory, peak_bytes(key, setting, settings.memory, peer), strict=True
+        ):
+            measured = isinstance(found, int)
+            rows.append(
+                {
+                    "peer": peer.name,
+                    "texts": shape[0],
+                    "tokens_each": shape[1],
+                    "bytes": found if measured else None,
+                    "note": "" if measured else found,
+                    "layers": setting.config.num_hidden_layers,
+                }
             )
-        threads = options.threads or machine.usable_cores()
-        torch.set_num_threads(threads)
-        dtype = resolve_dtype(options.settings.dtype, self.device)
-        self.setting = Setting.make(options.size, dtype, self.device, threads)
-        self.given = Split(options.settings.batch_tokens, by_length=False)
-        self.speeds: dict[tuple[str, bool], float] = {}  # by name and whether as given
-        self.ceiling = Ceiling(0.0, (0, 0, 0), 0.0)
+    return rows
 
-    def report(self) -> dict[str, Any]:
-        """Measure everything; the result is ready for `json.dumps`."""
-        settings, setting = self.options.settings, self.setting
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        conditions = machine.conditions(self.device)
-        self.say(f"{conditions['cpu']}, {setting.dtype}, {setting.threads} threads")
-        first = measure_ceiling(setting.dtype, self.device)
-        self.ours, self.others, states = self._prepare_all()
-        with torch.inference_mode():
-            measured = self._measure_workloads()
-        memory = self._memory() if "memory" in self.options.parts else []
-        largest = self._largest() if "largest" in self.options.parts else []
-        self.ceiling = best([first, measure_ceiling(setting.dtype, self.device)])
-        for workload in measured:
-            self._add_shares(workload)
-        return {
-            "schema": SCHEMA,
-            "benchmark": "modernbert bench",
-            "started": started,
-            "seconds": round(time.perf_counter() - self.begun, 1),
-            "machine": conditions,
-            "load_average_after": machine.load_average(),
-            "settings": {
-                "preset": self.options.preset,
-                **asdict(settings),
-                "size": setting.size,
-                "dtype": str(setting.dtype).removeprefix("torch."),
-                "threads": setting.threads,
-                "parts": list(self.options.parts),
-            },
-            "ceiling": asdict(self.ceiling),
-            "peers": states,
-            "workloads": measured,
-            "memory": memory,
-            "largest_batch": largest,
-            "published": {
-                "source": published.SOURCE,
-                "workloads": list(published.WORKLOADS),
-                "thousand_tokens_per_second": published.TABLE.get(setting.size, {}),
-                "largest_batch": published.LARGEST_BATCH.get(setting.size, {}),
-            },
-        }
 
-    # -- peers ------------------------------------------------------------------------------
+def measure_largest(
+    options: Options, contest: Contest, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The largest batches at 512 and 8192 tokens; on a GPU only, whose memory is a hard limit."""
+    limit, device = options.settings.largest, contest.setting.device
+    if not limit:
+        return []
+    rows = []
+    for peer in (contest.ours, *(prepared.peer for prepared in contest.others)):
+        for length in (512, 8192):
+            if device.type != "cuda":
+                note, found = "not measured: the system's memory has no hard limit", None
+            elif length > peer.longest(contest.setting):
+                note, found = f"takes at most {peer.longest(contest.setting)} tokens a text", None
+            else:
+                say(f"largest batch of {peer.name} at {length}")
+                note, found = "", largest_batch(peer, length, limit, device)
+            rows.append({"peer": peer.name, "tokens_each": length, "texts": found, "note": note})
+    return rows
 
-    def _prepare_all(self) -> tuple[Peer, list[Prepared], list[dict[str, Any]]]:
-        ours = make_peer(OURS)
-        prepare(ours, self.setting)
-        warm = [self._random_batch(lengths) for lengths in WARM_UP]
-        with torch.inference_mode():
-            expected = [ours.forward(batch) for batch in warm]
-        ready: list[Prepared] = []
-        states = [{"name": ours.name, "state": "measured", "reason": "", "agreement": 1.0}]
-        for key in self.options.settings.peers:
-            peer = make_peer(key)
-            state: dict[str, Any] = {"name": peer.name, "state": "absent", "agreement": None}
-            state["reason"] = peer.missing(self.setting) or ""
-            if not state["reason"]:
-                begun = time.perf_counter()
-                state |= self._prepare_one(peer, warm, expected)
-                state["prepare_seconds"] = round(time.perf_counter() - begun, 1)
-                if state["state"] == "measured":
-                    ready.append(Prepared(key, peer))
-            states.append(state)
-            self.say(f"{peer.name}: {state['state']} {state['reason']}".rstrip())
-        for prepared in ready:
-            if not prepared.peer.packs:
-                prepared.split = self._best_split(prepared.peer)
-        return ours, ready, states
 
-    def _prepare_one(
-        self, peer: Peer, warm: Sequence[PaddedBatch], expected: Sequence[torch.Tensor]
-    ) -> dict[str, Any]:
-        """Prepare a peer, warm it up, and see whether it computes what ours computes."""
-        try:
-            prepare(peer, self.setting)
-            with torch.inference_mode():
-                got = [peer.forward(batch) for batch in warm]
-        except Exception as error:  # a foreign library's failure is a result of its own
-            return {"state": "failed", "reason": describe(error)}
-        found: dict[str, Any] = {"state": "measured", "reason": peer.remark}
-        if peer.modernbert:
-            triples = zip(got, expected, warm, strict=True)
-            cosine = min(_agreement(a, b, batch) for a, b, batch in triples)
-            found["agreement"] = cosine
-            if not cosine >= AGREES:  # NaN too
-                found |= {"state": "failed", "reason": f"its output is not ours: cosine {cosine}"}
-        return found
-
-    def _best_split(self, peer: Peer) -> Split:
-        """The fastest of three batch sizes on a few texts of N(256, 64), sorted by length."""
-        tokens = self.given.tokens
-        sample = workloads.variable(256, 64, 512, max(tokens // 4 // 256, 1))
-        candidates = [Split(max(tokens // part, 1), by_length=True) for part in (4, 16, 64)]
-        seconds = {}
-        with torch.inference_mode():
-            for split in candidates:
-                run = self._contestant(peer, sample, split).run
-                seconds[split] = timed(run, self.device, time.perf_counter)
-        return min(seconds, key=lambda split: seconds[split])
-
-    def _random_batch(self, lengths: Sequence[int]) -> PaddedBatch:
-        generator = torch.Generator().manual_seed(0)
-        rows = [torch.randint(100, 16_000, (n,), generator=generator) for n in lengths]
-        return pad(rows, self.device)
-
-    # -- speed ------------------------------------------------------------------------------
-
-    def _measure_workloads(self) -> list[dict[str, Any]]:
-        jobs = self._workloads()
-        shares = [SHORT if isinstance(job, Skipped) or job.longest <= 2048 else LONG for job in jobs]
-        results = []
-        for number, job in enumerate(jobs):
-            if isinstance(job, Skipped):
-                self.say(f"{job.name}: skipped, {job.reason}")
-                results.append({"name": job.name, "skipped": job.reason, "entries": []})
-                continue
-            left = 60 * self.options.settings.minutes - (time.perf_counter() - self.begun)
-            allowance = max(0.9 * left, 0.0) * shares[number] / sum(shares[number:])
-            self.say(f"{job.name}: {len(job.lengths)} texts, {job.tokens} tokens")
-            results.append(self._measure(job, allowance))
-        return results
-
-    def _workloads(self) -> list[Workload | Skipped]:
-        parts, docs, data = self.options.parts, self.options.settings.docs, self.options.data
-        jobs: list[Workload | Skipped] = []
-        paper = workloads.paper(docs)
-        if "paper" in parts:
-            jobs += paper[:2]
-        if "real" in parts:
-            jobs += workloads.real(data, 2 * docs)
-        if "end-to-end" in parts:
-            jobs.append(workloads.even_texts(data, docs, 256))
-        if "sweep" in parts:
-            jobs += workloads.sweep(self.options.settings.sweep, docs)
-        if "paper" in parts:
-            jobs += paper[2:]
-        return jobs
-
-    def _measure(self, workload: Workload, allowance: float) -> dict[str, Any]:
-        rounds = self.options.settings.rounds
-        measure = partial(alternate, rounds=rounds, allowance=allowance, device=self.device)
-        entries = []
-        if workload.name.endswith(" tokens"):
-            return self._measure_end_to_end(workload, measure)
-        ours = self._contestant(self.ours, workload, self.given)
-        named: dict[str, tuple[str, Split]] = {ours.name: (self.ours.name, self.given)}
-        others = []
-        for prepared in self.others:
-            peer = prepared.peer
-            limit = peer.longest(self.setting)
-            if workload.longest > limit:
-                note = f"takes at most {limit} tokens here"
-                entries.append(self._entry(peer.name, None, workload, Timing(note=note)))
-                continue
-            for split in self._splits(prepared, workload):
-                contestant = self._contestant(peer, workload, split)
-                named[contestant.name] = (peer.name, split)
-                others.append(contestant)
-        others.sort(key=lambda c: -self._speed(named[c.name]))
-        timings = measure(ours, others)
-        for name, timing in timings.items():
-            peer_name, split = named[name]
-            entries.append(self._entry(peer_name, split, workload, timing))
-            if timing.median is not None:
-                self.speeds[peer_name, not split.by_length] = workload.tokens / timing.median
-        return self._result(workload, entries)
+def _weight(job: Workload | Skipped) -> float:
+    if isinstance(job, Skipped):
+        return 0.0
+    return LONG if job.longest > 2048 else 1.0
