@@ -133,8 +133,8 @@ class TokenizedBatch:
     def truncated(self) -> list[int]:
         """How many tokens of the text (or pair) were cut.
 
-        Of a text that was cut before tokenising, the rest is tokenised when this is first read: in
-        bounded memory, on all cores, at about a third of the cost of tokenising it for its ids.
+        The number is exact. Of a text that was cut before tokenising, the rest is tokenised when
+        this is first read: piece by piece, on all cores, and without keeping anything.
         """
         return [sum(part.total - (part.high - part.low) for part in row) for row in self._rows]
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load, load_file
+
 from modernbert.weights import CheckpointError, open_checkpoint, save_folder, swap
 from modernbert.weights.checkpoint import DTYPES
 from modernbert.weights.save import safetensors_chunks
-from safetensors import safe_open
-from safetensors.torch import load, load_file
 
 Snapshot = dict[str, tuple[str, Any]]
 

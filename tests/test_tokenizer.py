@@ -507,7 +507,7 @@ def test_calls_that_cannot_be_met(modernbert: Tokenizer) -> None:
         with pytest.raises(ValueError, match=message):
             modernbert(["a"], **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"texts\[1\] is str 'ab'; with is_split_into_words"):
-        modernbert([["a"], "ab"], is_split_into_words=True)  # type: ignore[list-item]
+        modernbert([["a"], "ab"], is_split_into_words=True)
     with pytest.raises(ValueError, match=r"texts\[0\]\[1\] is int 2"):
         modernbert([["a", 2]], is_split_into_words=True)  # type: ignore[list-item]
 
@@ -612,7 +612,8 @@ def test_faults_that_would_kill_the_process(official: bytes) -> None:
         (("post_processor", "pair", 2, "SpecialToken", "id"), "absent"),
         (("post_processor", "single", 1, "Sequence", "id"), "B"),
     ]:
-        state = target = _small(official)
+        state: Any = _small(official)
+        target = state
         for key in keys[:-1]:
             target = target[key]
         target[keys[-1]] = value

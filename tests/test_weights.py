@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
 from modernbert.weights import (
     FLEXBERT_CONFIG,
     OFFICIAL,
@@ -26,7 +28,6 @@ from modernbert.weights import (
 from modernbert.weights.convert import _check_torch
 from modernbert.weights.folder import IGNORED_PATTERNS, METADATA_PATTERNS, WEIGHT_PATTERNS
 from modernbert.weights.remap import BARE, TABLES, inverse, rename
-from safetensors.torch import load_file, save_file
 
 TINY = {
     "vocab_size": 40,
