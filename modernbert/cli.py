@@ -41,13 +41,11 @@ def model_options(command: Command) -> Command:
 
 def _loading(options: dict[str, Any]) -> dict[str, Any]:
     """Take what `model_options` brought out of a command's options, for `from_pretrained`."""
-    import torch
+    from modernbert.pretrained import best_device
 
     names = ("revision", "device", "dtype", "local_files_only")
     chosen = {"name_or_path": options.pop("model"), **{name: options.pop(name) for name in names}}
-    if chosen["device"] is None:
-        other = "mps" if torch.backends.mps.is_available() else "cpu"
-        chosen["device"] = "cuda" if torch.cuda.is_available() else other
+    chosen["device"] = chosen["device"] or best_device()
     return chosen
 
 

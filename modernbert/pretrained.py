@@ -326,6 +326,12 @@ class PreTrainedModel(nn.Module):
         return table
 
 
+def best_device() -> torch.device:
+    """The accelerator of this machine (CUDA, MPS, ...), else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def read_config(checkpoint: Checkpoint, **changes: Any) -> ModernBertConfig:
     """The config of a checkpoint, checked against what the files hold before anything is built."""
     unknown = changes.keys() - {spec.name for spec in dataclasses.fields(ModernBertConfig)}

@@ -21,6 +21,7 @@ from modernbert.encode_options import EncodeOptions
 from modernbert.model import ModernBertModel
 from modernbert.packing import PackedBatch, pack
 from modernbert.pooling import Dense, Pooling
+from modernbert.pretrained import best_device
 from modernbert.quantization import Calibration, quantize
 from modernbert.sentence_layout import (
     Settings,
@@ -129,7 +130,7 @@ class SentenceEncoder(nn.Module):
         else:
             folder = checkpoint = open_checkpoint(name, **at)
         model = ModernBertModel.from_checkpoint(
-            checkpoint, dtype=dtype, device=device, attention=attention
+            checkpoint, dtype=dtype, device=device or best_device(), attention=attention
         )
         width, pooled = model.config.hidden_size, model.config.classifier_pooling
         if modules:

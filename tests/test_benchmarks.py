@@ -447,7 +447,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
     """One small run through the command line; its result and the folder it wrote."""
     threads = torch.get_num_threads()
     folder = tmp_path_factory.mktemp("results")
-    command = "--size tiny --docs 2 --rounds 2 --minutes 60 --threads 1 --dtype float32"
+    command = "--size tiny --docs 2 --rounds 1 --minutes 60 --threads 1 --dtype float32"
     command += " --peer sdpa --peer flash --only paper --only sweep --only largest --out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "measure_ceiling", partial(measure_ceiling, seconds=0.1))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modernbert.kernels import reference
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from modernbert import kernels
+from modernbert.kernels import reference
 
 HEAD = 8
 FAST = [status.name for status in kernels.available_backends() if status.name != "reference"]

@@ -15,13 +15,13 @@ import huggingface_hub.constants
 import pytest
 import torch
 import transformers
-from modernbert.weights import CheckpointError, open_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import modernbert
 from modernbert import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel, Tokenizer
 from modernbert.pretrained import PreTrainedModel
+from modernbert.weights import CheckpointError, open_checkpoint
 
 WEIGHTS = "model.safetensors"
 TINY: dict[str, Any] = {

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modernbert.weights import CheckpointError
 
 from modernbert import SentenceEncoder
 from modernbert.pooling import ACTIVATIONS, POOLING_FLAGS, Dense, Normalize, Pooling
+from modernbert.weights import CheckpointError
 
 st = pytest.importorskip("sentence_transformers")
 transformers = pytest.importorskip("transformers")

@@ -1,0 +1,164 @@
+"""A report as tables for people: Markdown that also reads well in a terminal."""
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report: conditions, every workload, memory, largest batches, what is missing."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    settings, machine, ceiling = report["settings"], report["machine"], report["ceiling"]
+    yield f"# ModernBERT-{settings['size']}, {settings['dtype']}, {report['started'][:10]}"
+    yield ""
+    yield from _conditions(report)
+    yield ""
+    yield (
+        f"Matmul ceiling {ceiling['matmul_flops'] / 1e12:.3g} TFLOP/s (reached with "
+        f"{' x '.join(map(str, ceiling['shape']))}), copy {ceiling['copy_bytes'] / 1e9:.3g} GB/s, "
+        f"threads {machine['threads']}."
+    )
+    for workload in report["workloads"]:
+        yield ""
+        yield from _workload(workload, report)
+    for title, rows in (
+        ("Peak memory of one pass above the loaded model", _memory(report)),
+        ("Largest batch that fits", _largest(report)),
+        ("Implementations", _states(report)),
+    ):
+        if len(rows) > 1:
+            yield from ("", f"## {title}", "")
+            yield from table(rows)
+
+
+def revisions_table(report: dict[str, Any]) -> str:
+    """A comparison of two revisions; above 1 the second is faster."""
+    first, second = report["revisions"]
+    rows = [["workload", "tokens", f"{first}, s", f"{second}, s", f"{second} is faster by"]]
+    rows[0] += ["(quartiles; extremes)", "pairs", "results differ by"]
+    for work in report["workloads"]:
+        ratio = work["second_is_faster_by"]
+        seconds = [f"{median(passes):.3f}" for passes in work["passes"]]
+        row = [work["name"], str(work["tokens"]), *seconds, f"{ratio['median']:.3f}"]
+        change = f"{work['relative_difference_of_results']:.1e}"
+        rows.append([*row, _spread(ratio), str(ratio["pairs"]), change])
+    return "\n".join(table(rows)) + "\n"
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Aligned lines of a Markdown table; the first row is the head, numbers stand right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = [_numbers([row[column] for row in rows[1:]]) for column in range(len(widths))]
+    for number, row in enumerate(rows):
+        cells = [
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        ]
+        yield f"| {' | '.join(cells)} |"
+        if number == 0:
+            rules = (
+                "-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)
+            )
+            yield f"| {' | '.join(rules)} |"
+
+
+def _numbers(cells: Sequence[str]) -> bool:
+    return any(cells) and all(cell[0].isdigit() for cell in cells if cell)
+
+
+def _conditions(report: dict[str, Any]) -> Iterator[str]:
+    machine, versions = report["machine"], report["machine"]["versions"]
+    gpu = machine["gpu"]
+    memory = machine["memory_bytes"]
+    revision = machine["revision"]
+    if gpu:
+        yield f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB;"
+    yield (
+        f"{machine['cpu']} ({', '.join(machine['cpu_features'])}), "
+        f"{machine['usable_cores']} cores, "
+        + (f"{memory / 2**30:.0f} GiB, " if memory else "")
+        + f"load {machine['load_average']} before and {report['load_average_after']} after;"
+    )
+    yield ", ".join(f"{name} {version}" for name, version in versions.items() if version) + ";"
+    if revision:
+        yield f"revision {revision['commit'][:12]}{' with changes' if revision['dirty'] else ''}."
+
+
+def _workload(workload: dict[str, Any], report: dict[str, Any]) -> Iterator[str]:
+    yield f"## {workload['name']}"
+    yield ""
+    if workload["skipped"]:
+        yield f"Skipped: {workload['skipped']}."
+        return
+    each = workload["flops"] / workload["tokens"]
+    yield (
+        f"{workload['texts']} texts, {workload['tokens']} tokens, longest {workload['longest']}, "
+        f"{each / 1e6:.1f} MFLOP a token."
+    )
+    yield ""
+    head = ["implementation", "batches", "tokens/s", "texts/s", "of ceiling"]
+    rows = [[*head, "ours is faster by", "(quartiles; extremes)", "pairs", "remark"]]
+    fastest_first = sorted(workload["entries"], key=lambda e: -(e["tokens_per_second"] or 0))
+    rows += [_entry(entry) for entry in fastest_first]
+    if workload["published_tokens_per_second"]:
+        speed = f"{workload['published_tokens_per_second']:.0f}"
+        rows.append(["ModernBERT, published", "", speed, "", "", "", "", "", "one RTX 4090, paper"])
+    yield from table(rows)
+
+
+def _entry(entry: dict[str, Any]) -> list[str]:
+    ratio = entry["ours_is_faster_by"]
+    cells = [
+        entry["peer"],
+        entry["split"] or "",
+        _number(entry["tokens_per_second"], ".0f"),
+        _number(entry["texts_per_second"], ".2f"),
+        _number(entry["ceiling_share"], ".0%"),
+    ]
+    if ratio is None:
+        return [*cells, "", "", "", entry["note"]]
+    middle = f"{ratio['median']:.2f}"
+    return [*cells, middle, _spread(ratio), str(ratio["pairs"]), entry["note"]]
+
+
+def _spread(ratio: dict[str, Any]) -> str:
+    quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
+    return f"{quartiles}; {ratio['low']:.2f} to {ratio['high']:.2f}"
+
+
+def _memory(report: dict[str, Any]) -> list[list[str]]:
+    rows = [["implementation", "texts x tokens", "MiB", "layers", "remark"]]
+    for row in report["memory"]:
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:.0f}"
+        shape = f"{row['texts']} x {row['tokens_each']}"
+        rows.append([row["peer"], shape, size, str(row["layers"]), row["note"]])
+    return rows
+
+
+def _largest(report: dict[str, Any]) -> list[list[str]]:
+    published = report["published"]["largest_batch_512_8192"].get("ModernBERT", (None, None))
+    rows = [["implementation", "tokens each", "texts", "remark"]]
+    for row in report["largest_batch"]:
+        size = "" if row["texts"] is None else str(row["texts"])
+        rows.append([row["peer"], str(row["tokens_each"]), size, row["note"]])
+    for length, texts in zip((512, 8192), published, strict=True):
+        if len(rows) > 1 and texts:
+            rows.append(["ModernBERT, published", str(length), str(texts), "one RTX 4090, paper"])
+    return rows
+
+
+def _states(report: dict[str, Any]) -> list[list[str]]:
+    rows = [["implementation", "state", "smallest cosine to ours", "best batches", "remark"]]
+    for state in report["peers"]:
+        cosine = _number(state["agreement"], ".5f")
+        rows.append(
+            [state["name"], state["state"], cosine, state.get("best_split", ""), state["reason"]]
+        )
+    return rows
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
