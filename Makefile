@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/modernbert demo
 
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 # The editable install is an import hook, which mypy does not follow: it checks the built wheel, from
 # a folder outside the checkout, with the packages of the environment beside it.

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .reference import wide
+
 ROWS = 128
 
 
@@ -165,15 +167,25 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None) 
 def _global_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, keys: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    # The dispatcher has switched autograd off for what runs inside an operator.
-    recording = torch._C._SetExcludeDispatchKeyGuard(
-        torch._C.DispatchKey.AutogradFunctionality, False
-    )
-    with recording, torch.enable_grad():
-        out = _by_runs(q, k, v, equal_runs(cu_seqlens.diff().tolist()), keys)
-    found = torch.autograd.grad(out, (q, k, v), grad)
-    return found[0].contiguous(), found[1].contiguous(), found[2].contiguous()
+    """Written out, since autograd does not record what runs inside an operator."""
+    scale, start = q.shape[-1] ** -0.5, 0
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    for length in cu_seqlens.diff().tolist():
+        here = slice(start, start + length)
+        start += length
+        queries, columns, values, upstream = (
+            x[here].transpose(0, 1).to(wide(x.dtype)) for x in (q, k, v, grad)
+        )  # (H, length, d) each
+        scores = queries @ columns.mT * scale  # (H, length, length)
+        if keys is not None:
+            scores = scores.masked_fill(~keys[here], float("-inf"))
+        weights = scores.softmax(-1).nan_to_num(0.0)  # NaN where a query sees no key
+        of_weights = upstream @ values.mT
+        slope = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * scale
+        found = slope @ columns, slope.mT @ queries, weights.mT @ upstream
+        for gradient, part in zip(gradients, found, strict=True):
+            gradient[here] = part.transpose(0, 1)
+    return gradients[0], gradients[1], gradients[2]
 
 
 @_global_backward.register_fake

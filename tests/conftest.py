@@ -8,6 +8,8 @@ import torch
 from huggingface_hub import constants
 from hypothesis import settings
 
+torch.set_num_threads(1)  # small tensors; the test runner uses the cores
+
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same on any machine
 settings.load_profile("suite")
 
