@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import blocked, reference
-from .reference import glu, mean_pool, rope
+from . import blocked, inference, reference
+from .reference import mean_pool
 
 __all__ = [
     "BACKENDS",
@@ -107,6 +107,21 @@ def attention(
     return reference.attention(
         q, k, v, plan.lengths, window=window, keys=plan.keys, dropout=dropout
     )
+
+
+def _in_place(x: Tensor) -> bool:
+    """Whether x may be overwritten: no gradient is recorded, and no compiler fuses passes."""
+    return not (torch.is_grad_enabled() and x.requires_grad) and not torch.compiler.is_compiling()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (T, ..., H, d) by the angles of cos and sin (T, d / 2); x is used up."""
+    return inference.rope_(x, cos, sin) if _in_place(x) else reference.rope(x, cos, sin)
+
+
+def glu(x: Tensor, activation: str = "gelu") -> Tensor:
+    """Gated linear unit (..., 2 I) to (..., I); x is used up."""
+    return inference.glu_(x, activation) if _in_place(x) else reference.glu(x, activation)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

@@ -211,7 +211,9 @@ def _local(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> Tenso
     total = q.shape[0]
     blocks, _, rows, reach = plan.mask.shape
     window, spare = (reach - rows) // 2, blocks * rows - total
-    queries = F.pad(q, (0, 0, 0, 0, 0, spare)).unflatten(0, (blocks, rows)).transpose(1, 2)
+    if torch.compiler.is_compiling() or spare:  # a graph must hold for any remainder
+        q = F.pad(q, (0, 0, 0, 0, 0, spare))
+    queries = q.unflatten(0, (blocks, rows)).transpose(1, 2)
     keys, values = (
         F.pad(x, (0, 0, 0, 0, window, spare + window)).unfold(0, reach, rows).transpose(2, 3)
         for x in (k, v)

@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotation: Rotation, plan: AttentionPlan
     ) -> tuple[Tensor, list[Tensor] | None]:
         qkv = rearrange(self.Wqkv(x), "t (three h d) -> t three h d", three=3, h=self.num_heads)
-        q, k = kernels.rope(qkv[:, :2], *rotation).unbind(1)  # (T, H, d)
+        q, k = kernels.rope(qkv[:, :2], *rotation).unbind(1)  # (T, H, d) each
         dropout = self.dropout if self.training else 0.0
         out, maps = kernels.attention(q, k, qkv[:, 2], plan, local=self.local, dropout=dropout)
         return self.out_drop(self.Wo(out.flatten(1))), maps

@@ -322,6 +322,15 @@ def angles(positions: Tensor, theta: float, size: int) -> Tensor:
     return positions.double()[:, None] * frequencies
 
 
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What the model calls without gradients, which overwrites its input: compared on the way
+    with what it calls when it trains."""
+    recorded = kernels.rope(x.clone().requires_grad_(), cos, sin).detach()
+    found = kernels.rope(x.clone(), cos, sin)
+    torch.testing.assert_close(found, recorded, atol=1e-6, rtol=torch.finfo(x.dtype).eps)
+    return found
+
+
 @given(st.sampled_from([2, 4, 6, 64]), st.sampled_from([1e4, 160000.0]), st.integers(0, 20000))
 def test_rope_is_a_rotation_in_the_complex_plane(size: int, theta: float, first: int) -> None:
     positions = torch.arange(first, first + 5)
@@ -331,7 +340,7 @@ def test_rope_is_a_rotation_in_the_complex_plane(size: int, theta: float, first:
         torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
     )
     expected = torch.cat((numbers.real, numbers.imag), -1)
-    actual = kernels.rope(x, angle.cos(), angle.sin())
+    actual = rope(x, angle.cos(), angle.sin())
     torch.testing.assert_close(actual, expected, atol=1e-13, rtol=0)
 
 
@@ -340,7 +349,7 @@ def test_rope_scores_depend_on_the_distance_only() -> None:
 
     def score(i: int, j: int) -> Tensor:
         rotated = [
-            kernels.rope(x, angle.cos(), angle.sin())
+            rope(x, angle.cos(), angle.sin())
             for x, angle in ((q, angles(torch.tensor([i]), 1e4, 64)),
                              (k, angles(torch.tensor([j]), 1e4, 64)))
         ]  # fmt: skip
@@ -351,11 +360,12 @@ def test_rope_scores_depend_on_the_distance_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_rope_rounds_halves_once(dtype: torch.dtype) -> None:
-    x = torch.randn(50, 2, 64).to(dtype)
-    angle = angles(torch.arange(50), 1e4, 64)
-    exact = kernels.rope(x.double(), angle.cos(), angle.sin())
-    actual = kernels.rope(x, angle.cos().float(), angle.sin().float())
+@pytest.mark.parametrize("tokens", [50, 2100])
+def test_rope_rounds_halves_once(dtype: torch.dtype, tokens: int) -> None:
+    x = torch.randn(tokens, 2, 64).to(dtype)
+    angle = angles(torch.arange(tokens), 1e4, 64)
+    exact = rope(x.double(), angle.cos(), angle.sin())
+    actual = rope(x, angle.cos().float(), angle.sin().float())
     assert actual.dtype == dtype
     half_an_ulp = torch.finfo(dtype).eps / 2 * exact.abs()
     assert ((actual - exact).abs() <= half_an_ulp + 1e-6).all()
@@ -379,6 +389,19 @@ def test_layer_norm(function: Callable[..., Tensor], with_bias: bool, dtype: tor
     assert actual.dtype == dtype
     error = (actual - expected).abs().max() / expected.abs().max()
     assert error <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu", "relu"])
+def test_glu_without_gradients_gives_the_same_in_place(name: str) -> None:
+    x = torch.randn(9, 14)
+    expected = reference.glu(x, name)
+    actual = kernels.glu(x, name)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
+    assert actual.data_ptr() == x.data_ptr()
+    kept = torch.randn(9, 14, requires_grad=True)
+    before = kept.detach().clone()
+    kernels.glu(kept, name).sum().backward()
+    assert torch.equal(kept, before) and kept.grad is not None
 
 
 def test_glu_activates_the_first_half_with_exact_gelu() -> None:
