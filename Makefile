@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/modernbert demo
@@ -21,6 +21,10 @@ lint: $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps --target "$$out/site" "$$out"/*.whl; \
 	root=$$PWD; cd "$$out"; MYPYPATH=site "$$root/$(BIN)/mypy" -p modernbert \
 		--config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache"
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/bench.py --preset cpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

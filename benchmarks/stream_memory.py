@@ -8,6 +8,7 @@ the layers. Growth is the high-water mark of the resident set above the set afte
 of warm-up. The last line is one JSON document.
 """
 
+import gzip
 import json
 import random
 import time
@@ -49,7 +50,8 @@ def main(
     folder: str, texts: str, counts: str, hidden: int, layers: int, window: int, batch_tokens: int
 ) -> None:
     """Stream sentences through a small encoder and print how its memory grows."""
-    words = Path(texts).read_text(encoding="utf-8", errors="replace").split()
+    with (gzip.open if texts.endswith(".gz") else open)(texts, "rt", encoding="utf-8") as file:
+        words = file.read().split()
     milestones = sorted(int(count) for count in counts.split(","))
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_pretrained(folder)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modernbert.benchmark.command import bench
 from modernbert.console import Command, OneLineErrors, option, plain, similarity_table
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def _texts(texts: Sequence[str]) -> list[str]:
 @click.version_option(package_name="modernbert", allow_from_autoenv=False)
 def main(debug: bool) -> None:
     """ModernBERT encoders: embed tables, compare, predict, classify, inspect."""
+
+
+main.add_command(bench)
 
 
 @main.command()

@@ -23,12 +23,13 @@ from modernbert.benchmark import (
     machine,
     memory,
     peers,
+    presets,
     published,
     regression,
     runner,
 )
 from modernbert.benchmark.batches import PaddedBatch, Split, make_batches, pad
-from modernbert.benchmark.catalogue import PEERS, make_peer
+from modernbert.benchmark.catalogue import OURS, PEERS, make_peer
 from modernbert.benchmark.ceiling import Ceiling, best, measure_ceiling
 from modernbert.benchmark.command import bench
 from modernbert.benchmark.flops import (
@@ -40,7 +41,9 @@ from modernbert.benchmark.flops import (
 from modernbert.benchmark.measure import Contestant, alternate, spread
 from modernbert.benchmark.peers import SIZES, Setting
 from modernbert.benchmark.plots import FIGURES, draw
-from modernbert.benchmark.presets import PRESETS, resolve_dtype
+from modernbert.benchmark.presets import PRESETS
+from modernbert.benchmark.results import BASIS
+from modernbert.benchmark.runner import resolve_dtype
 from modernbert.benchmark.tables import markdown
 from modernbert.benchmark.workloads import (
     SOURCES,
@@ -355,6 +358,11 @@ def test_absent_implementations_say_why(monkeypatch: pytest.MonkeyPatch, setting
         make_peer("tensorflow")
 
 
+def test_nothing_is_prepared_after_the_deadline(setting: Setting) -> None:
+    found = contest.prepare_all(setting, ["sdpa"], 64, lambda line: None, deadline=0.0)
+    assert found.others == [] and "took too long" in found.states[1]["reason"]
+
+
 def test_nomic_bert_large_does_not_exist() -> None:
     large = Setting("large", SIZES["large"], {}, torch.float32, CPU, 1)
     assert make_peer("nomic-bert").missing(large) == "no large NomicBERT was published"
@@ -392,6 +400,7 @@ def test_a_peer_with_other_results_is_not_measured(
 
 
 def test_presets_name_known_things() -> None:
+    assert {*presets.PEERS, OURS} == set(PEERS) and set(presets.SIZES) == set(SIZES)
     assert set(PRESETS) == {"cpu", "t4", "rtx-4090", "a100", "h200"}
     for preset in PRESETS.values():
         assert set(preset.peers) <= set(PEERS) and set(preset.memory_peers) <= set(PEERS)
@@ -501,11 +510,12 @@ def test_every_workload_has_complete_entries(report: dict[str, Any]) -> None:
             == forward_flops(SIZES["tiny"], [workload["longest"]] * workload["texts"])
             or workload["kind"] == "variable"
         )
-        assert workload["best"] == workload["best_as_given"] == "transformers sdpa"
+        assert workload["best"]["peer"] == "transformers sdpa"
+        assert workload["best_as_given"]["split"].startswith("as given")
         for entry in workload["entries"]:
             assert {name: type(entry[name]) for name in ENTRY} == ENTRY
             ratio = entry["ours_is_faster_by"]
-            if entry["peer"] == "modernbert":
+            if entry["peer"] in BASIS:
                 assert ratio is None
             else:
                 assert ratio["low"] <= ratio["first_quartile"] <= ratio["median"]
@@ -513,6 +523,13 @@ def test_every_workload_has_complete_entries(report: dict[str, Any]) -> None:
                 assert ratio["pairs"] == len(entry["passes"]) >= 1
             speed = workload["tokens"] / median(entry["passes"])
             assert entry["tokens_per_second"] == pytest.approx(speed, rel=1e-2)
+
+
+def test_a_busy_machine_is_a_warning() -> None:
+    assert runner.busy({"load_average": [0.1, 5.0, 5.0], "usable_cores": 2}) == []
+    assert runner.busy({"load_average": None, "usable_cores": 2}) == []
+    (warning,) = runner.busy({"load_average": [3.5, 0.0, 0.0], "usable_cores": 2})
+    assert "load 3.5 on 2 cores" in warning
 
 
 def test_the_report_lists_who_is_absent(report: dict[str, Any]) -> None:
@@ -538,10 +555,12 @@ def test_files_and_tables_show_the_same(run: tuple[Any, Path], report: dict[str,
 
 def test_published_figures_are_marked_in_the_table(report: dict[str, Any]) -> None:
     assert "published" not in markdown(report)  # nothing of this size was
-    workload = {**report["workloads"][0], "published_tokens_per_second": 148_100.0}
-    lines = markdown({**report, "workloads": [workload]}).splitlines()
-    (line,) = [line for line in lines if "published" in line]
-    assert "148100" in line and "RTX 4090" in line
+    base = {**report, "published": published.as_dict("base")}
+    lines = [line for line in markdown(base).splitlines() if "ublished" in line]
+    marked = ["148100", "147300", "123700", "133800"]
+    assert [next(m for m in marked if m in line) for line in lines[:4]] == marked
+    assert all("on one RTX 4090" in line for line in lines[:4])
+    assert lines[4].startswith("## Published, not measured here") and len(lines) == 5
 
 
 def test_plots_are_drawn_from_the_report(report: dict[str, Any], tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ Sizes as published: BERT, RoBERTa, DeBERTaV3 and XLM-RoBERTa base and large; Nom
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
 from .batches import PaddedBatch
-from .peers import Peer, Setting, absent, quiet_transformers
+from .peers import Peer, Setting, absent, quiet_transformers, random_weights
 
 BASE = {
     "hidden_size": 768,
@@ -96,7 +97,9 @@ class Architecture(Peer):
         size = {"base": BASE, "large": LARGE, "tiny": TINY}[setting.size]
         config = getattr(transformers, f"{self.row.stem}Config")(**size, **self.row.fields)
         kind = getattr(transformers, f"{self.row.stem}Model")
-        model = kind._from_config(config, attn_implementation=self.row.attention)
+        with import_module("transformers.initialization").no_init_weights():
+            model = kind._from_config(config, attn_implementation=self.row.attention)
+        model.load_state_dict(random_weights(model), strict=False, assign=True)
         self.model = model.to(setting.device, setting.dtype).eval()
         self.remark = f"random weights, transformers {self.row.attention}"
 

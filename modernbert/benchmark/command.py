@@ -1,62 +1,46 @@
-"""The command `modernbert bench`."""
+"""The command `modernbert bench`. What it needs is imported when it runs."""
 
 import dataclasses
 import json
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .catalogue import OURS, PEERS
-from .machine import repository, short_name
-from .peers import SIZES
-from .plots import draw
-from .presets import PRESETS, Preset
-from .regression import compare_revisions
-from .runner import PARTS, Options, choose_workloads, make_setting, run
-from .tables import markdown, revisions_table
-from .workloads import Skipped
+from modernbert.console import option
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from .presets import DTYPES, PARTS, PEERS, PRESETS, SIZES
+
+if TYPE_CHECKING:
+    from .runner import Options
+
+POSITIVE = click.IntRange(min=1)
 
 
 @click.command(short_help="Measure speed and memory here, beside other implementations.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="cpu", show_default=True)
-@click.option("--size", type=click.Choice(list(SIZES)), default="base", show_default=True)
-@click.option("--docs", type=click.IntRange(1), help="Texts of the N(256, 64) workload.")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Instead of the preset's.")
-@click.option("--minutes", type=click.FloatRange(0.1), help="Time the run may take.")
-@click.option("--rounds", type=click.IntRange(1), help="Alternating pairs at most.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; by default one per core.")
-@click.option(
-    "--peer",
-    "peers",
-    type=click.Choice([name for name in PEERS if name != OURS]),
-    multiple=True,
-    help="Implementation to compare with; repeat for several. The preset's by default.",
-)
-@click.option(
-    "--only",
-    "parts",
-    type=click.Choice(PARTS),
-    multiple=True,
-    help="Part to run; repeat for several. All by default.",
-)
-@click.option(
+@option("--preset", type=click.Choice(list(PRESETS)), default="cpu", help="The kind of machine.")
+@option("--size", type=click.Choice(SIZES), default="base", help="Of the model.")
+@option("--docs", type=POSITIVE, help="Texts of the N(256, 64) workload; others in proportion.")
+@option("--dtype", type=click.Choice(DTYPES), help="Default: the preset's.")
+@option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time for the whole run.")
+@option("--rounds", type=POSITIVE, help="Alternating pairs at most.")
+@option("--threads", type=POSITIVE, help="CPU threads; default: one per core.")
+@option("--peer", "peers", type=click.Choice(PEERS), multiple=True, help="Compare with it.")
+@option("--only", "parts", type=click.Choice(PARTS), multiple=True, help="Run this part.")
+@option(
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with sts_benchmark/, ret_scifact/, text_wikipedia_en/, tokenizer_modernbert/.",
+    help="Folder of real texts: sts_benchmark/, ret_scifact/, text_wikipedia_en/.",
 )
-@click.option(
+@option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("results"),
-    show_default=True,
-    help="Folder for the JSON, the table and the plots.",
+    help="Folder for the JSON, the tables and the plots.",
 )
-@click.option("--no-files", is_flag=True, help="Write no files, print only.")
-@click.option(
+@option("--files/--no-files", default=True, help="Write files, or print only.")
+@option(
     "--revisions",
     nargs=2,
     metavar="OLD NEW",
@@ -74,14 +58,19 @@ def bench(
     parts: tuple[str, ...],
     data: Path | None,
     out: Path,
-    no_files: bool,
+    files: bool,
     revisions: tuple[str, str] | None,
 ) -> None:
     """Measure ModernBERT on this machine beside other implementations.
 
-    Random weights of the chosen size, padded batches in, alternating passes. Prints a table; the
-    last line is the whole report as JSON.
+    Random weights of the chosen size, padded batches in, alternating passes. Prints tables; the
+    last line is the whole report as JSON. --peer and --only may be repeated; without them, the
+    preset's implementations and all parts.
     """
+    from .machine import short_name
+    from .runner import Options, run
+    from .tables import markdown, revisions_table
+
     changes: dict[str, Any] = {
         "docs": docs,
         "dtype": dtype,
@@ -89,9 +78,8 @@ def bench(
         "rounds": rounds,
         "peers": peers,
     }
-    settings: Preset = dataclasses.replace(
-        PRESETS[preset], **{name: value for name, value in changes.items() if value}
-    )
+    given = {name: value for name, value in changes.items() if value}
+    settings = dataclasses.replace(PRESETS[preset], **given)
     options = Options(preset, settings, size, threads, data or beside_checkout(), parts or PARTS)
     stem = f"{short_name(settings.device)}-{date.today().isoformat()}"
     report: dict[str, Any]
@@ -101,7 +89,7 @@ def bench(
     else:
         report = run(options, say)
         text = markdown(report)
-    if not no_files:
+    if files:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{stem}.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         (out / f"{stem}.md").write_text(text)
@@ -111,8 +99,12 @@ def bench(
     click.echo(json.dumps(report, allow_nan=False))
 
 
-def compare(options: Options, revisions: tuple[str, str]) -> dict[str, Any]:
+def compare(options: "Options", revisions: tuple[str, str]) -> dict[str, Any]:
     """Two revisions on the workloads that `options` choose."""
+    from .regression import compare_revisions
+    from .runner import choose_workloads, make_setting
+    from .workloads import Skipped
+
     setting = make_setting(options)
     jobs = [job for job in choose_workloads(options) if not isinstance(job, Skipped)]
     return compare_revisions(
@@ -127,6 +119,8 @@ def compare(options: Options, revisions: tuple[str, str]) -> dict[str, Any]:
 
 def draw_plots(report: dict[str, Any], out: Path, stem: str) -> None:
     """Plots beside the JSON, or one line that says why there are none."""
+    from .plots import draw
+
     try:
         paths = draw(report, out, stem)
     except ImportError as error:
@@ -137,6 +131,8 @@ def draw_plots(report: dict[str, Any], out: Path, stem: str) -> None:
 
 def beside_checkout() -> Path | None:
     """The folder of real texts beside a checkout of this project, where there is one."""
+    from .machine import repository
+
     root = repository()
     folder = root.parent / "shared" / "data" if root else None
     return folder if folder and folder.is_dir() else None

@@ -59,9 +59,17 @@ class Contest:
 
 
 def prepare_all(
-    setting: Setting, keys: Sequence[str], batch_tokens: int, say: Callable[[str], None]
+    setting: Setting,
+    keys: Sequence[str],
+    batch_tokens: int,
+    say: Callable[[str], None],
+    *,
+    deadline: float = float("inf"),
 ) -> Contest:
-    """Prepare ours and the peers named by `keys`; one that fails is reported, not raised."""
+    """Prepare ours and the peers named by `keys`; one that fails is reported, not raised.
+
+    After `deadline`, by `time.perf_counter`, no other is begun.
+    """
     ours = make_peer(OURS)
     prepare(ours, setting)
     warm = [_random_batch(lengths, setting.device) for lengths in WARM_UP]
@@ -73,6 +81,8 @@ def prepare_all(
         peer = make_peer(key)
         begun = time.perf_counter()
         reason = peer.missing(setting)
+        if begun > deadline:
+            reason = "not prepared: preparing the others took too long"
         state = _state(peer, "absent", reason) if reason else _try(peer, setting, warm, expected)
         state["prepare_seconds"] = round(time.perf_counter() - begun, 1)
         if state["state"] == "measured":

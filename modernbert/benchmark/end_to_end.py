@@ -41,8 +41,9 @@ def end_to_end(
     setting: Setting, workload: Workload, vocabulary: Path, batch_tokens: int
 ) -> EndToEnd:
     """Both sides load the same folder: random weights, the real tokenizer, mean pooling."""
-    model = ModernBertModel(setting.config)
-    model.load_state_dict(setting.weights)
+    with torch.device("meta"):
+        model = ModernBertModel(setting.config)
+    model.load_state_dict(setting.weights, assign=True)
     encoder = SentenceEncoder(model.eval(), Tokenizer.from_file(vocabulary))
     texts = list(workload.texts)
     missing = absent("sentence_transformers")

@@ -58,10 +58,9 @@ class Setting:
     ) -> "Setting":
         """Random weights, the same for the same size."""
         config = SIZES[size] if layers is None else SIZES[size].replace(num_hidden_layers=layers)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.device("meta"):
             model = ModernBertModel(config)
-        return cls(size, config, model.state_dict(), dtype, device, threads)
+        return cls(size, config, random_weights(model), dtype, device, threads)
 
 
 class Peer(ABC):
@@ -111,8 +110,9 @@ class Ours(Peer):
     packs = True
 
     def prepare(self, setting: Setting) -> None:
-        model = ModernBertModel(setting.config)
-        model.load_state_dict(setting.weights)
+        with torch.device("meta"):
+            model = ModernBertModel(setting.config)
+        model.load_state_dict(setting.weights, assign=True)
         self.model = model.to(setting.device, setting.dtype).eval()
 
     def forward(self, batch: PaddedBatch) -> Tensor:
@@ -194,7 +194,7 @@ class OpenVino(Peer):
         self.model = openvino.Core().compile_model(converted, "CPU", options)
 
     def forward(self, batch: PaddedBatch) -> Tensor:
-        return torch.from_numpy(self.model(arrays(batch), share_outputs=True)[0])
+        return torch.from_numpy(self.model(arrays(batch))[0])
 
 
 class OnnxRuntime(Peer):
@@ -264,9 +264,27 @@ def hugging_face(setting: Setting, attention: str) -> Any:
     """Hugging Face's ModernBERT in float32 with our weights."""
     transformers = quiet_transformers()
     config = transformers.ModernBertConfig(**setting.config.to_dict())
-    model = transformers.ModernBertModel._from_config(config, attn_implementation=attention)
-    model.load_state_dict(setting.weights)
+    with import_module("transformers.initialization").no_init_weights():
+        model = transformers.ModernBertModel._from_config(config, attn_implementation=attention)
+    model.load_state_dict(setting.weights, assign=True)
     return model.eval()
+
+
+def random_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Seeded values for every parameter: N(0, 0.02), ones for norms, zeros for biases.
+
+    Truncated normals, as for training, would take half a minute.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for name, parameter in model.named_parameters():
+        value = torch.ones(parameter.shape)
+        if parameter.dim() > 1:
+            value.normal_(0.0, 0.02, generator=generator)
+        elif name.endswith("bias"):
+            value.zero_()
+        values[name] = value
+    return values
 
 
 def quiet_transformers() -> Any:

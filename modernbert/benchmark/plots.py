@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from .results import is_ours
+
 COLOURS = {
     "modernbert": "#d1495b",
     "SentenceEncoder.encode": "#d1495b",
@@ -98,7 +100,7 @@ def _bars(panel: Any, workload: dict[str, Any], report: dict[str, Any]) -> None:
     for bar, (name, speed) in zip(bars, speeds.items(), strict=True):
         text = f" {speed:,.0f}"
         ratio = entries[name]["ours_is_faster_by"] if name in entries else None
-        if ratio and not name.startswith(("modernbert", "our ")):
+        if ratio and not is_ours(name):
             text += f"  (ours {ratio['median']:.2f}x)"
         panel.text(speed, bar.get_y() + bar.get_height() / 2, text, va="center", fontsize=12)
     reach = max(speeds.values())

@@ -1,13 +1,20 @@
-"""What `--preset` sets: a machine's dtype, batches, amount of work, and limits."""
+"""What can be chosen on the command line; imports nothing heavy.
+
+A preset sets a machine's dtype, batches, amount of work, and limits.
+"""
 
 from dataclasses import dataclass
 
-import torch
-
-from modernbert.kernels import computes_natively
-
-CPU_PEERS = ("sdpa", "compile", "openvino", "onnxruntime", "eager", "modernbert-compiled")
-GPU_PEERS = ("sdpa", "compile", "flash", "eager", "modernbert-compiled")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SIZES = ("base", "large", "tiny")
+PARTS = ("paper", "sweep", "real", "end-to-end", "memory", "largest")
+PEERS = (
+    *("sdpa", "eager", "flash", "compile", "openvino", "onnxruntime", "modernbert-compiled"),
+    *("bert", "roberta", "deberta-v3", "nomic-bert", "xlm-roberta"),
+)
+# Those that compile come last: they take minutes to prepare on a CPU, one of them is enough there.
+CPU_PEERS = ("sdpa", "openvino", "onnxruntime", "eager", "compile")
+GPU_PEERS = ("sdpa", "flash", "eager", "compile", "modernbert-compiled")
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,8 @@ class Preset:
         sweep: fixed lengths besides the paper's, for speed by length.
         memory: (texts, tokens) whose peak memory is measured, growing.
         memory_layers: of the model for that; peak memory above the weights does not depend on it.
-        largest: up to how many texts the largest batch is sought; 0 for not at all.
+        largest: the largest batch is sought up to so many texts of 512 tokens, or as many tokens
+            of longer ones; 0 for not at all.
     """
 
     device: str
@@ -60,13 +68,3 @@ PRESETS = {
     "a100": Preset("cuda", "bfloat16", docs=8192, batch_tokens=262_144, minutes=20),
     "h200": Preset("cuda", "bfloat16", docs=8192, batch_tokens=524_288, minutes=15, largest=16_384),
 }
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is what the device multiplies fastest without emulation."""
-    if name != "auto":
-        return getattr(torch, name)
-    native = computes_natively(torch.bfloat16, device)
-    if device.type == "cuda" and not native:
-        return torch.float16
-    return torch.bfloat16 if native else torch.float32

@@ -12,6 +12,8 @@ from .flops import forward_flops
 from .measure import Timing, spread
 from .workloads import Workload
 
+BASIS = ("modernbert", "SentenceEncoder.encode")  # what ratios refer to
+
 
 def entry(peer: str, split: Split | None, workload: Workload, timing: Timing) -> dict[str, Any]:
     """One implementation on one workload; every figure is None where nothing was measured."""
@@ -57,18 +59,29 @@ def skipped(name: str, reason: str) -> dict[str, Any]:
     return {"name": name, "skipped": reason, "entries": []}
 
 
-def best(entries: list[dict[str, Any]], *, as_given: bool) -> str | None:
-    """Name of the fastest peer that is not ours: with the batches as given, or with any."""
+def is_ours(peer: str) -> bool:
+    """Whether that is this library, in whatever form."""
+    return peer.startswith(("modernbert", "SentenceEncoder", "our "))
+
+
+def best(entries: list[dict[str, Any]], *, as_given: bool) -> dict[str, Any] | None:
+    """The fastest that is not ours, with the batches as given or with any, and our lead on it."""
     rivals = [
         e
         for e in entries
-        if not e["peer"].startswith("modernbert")
+        if not is_ours(e["peer"])
         and e["tokens_per_second"] is not None
         and (e["as_given"] or not as_given)
     ]
     if not rivals:
         return None
-    return max(rivals, key=lambda e: e["tokens_per_second"])["peer"]
+    first = max(rivals, key=lambda e: e["tokens_per_second"])
+    ratio = first["ours_is_faster_by"]
+    return {
+        "peer": first["peer"],
+        "split": first["split"],
+        "ours_is_faster_by": ratio and ratio["median"],
+    }
 
 
 def add_shares(workload: Mapping[str, Any], ceiling: float, counted: Mapping[str, bool]) -> None:

@@ -9,20 +9,23 @@ from typing import Any
 
 import torch
 
+from modernbert.kernels import computes_natively
+
 from . import machine, published, workloads
 from .ceiling import best, measure_ceiling
 from .contest import Contest, prepare_all
 from .end_to_end import BARE, NAME, THEIRS, end_to_end
-from .measure import Timing, alternate
+from .measure import Timing, alternate, describe
 from .memory import largest_batch, peak_bytes
-from .peers import Setting
-from .presets import Preset, resolve_dtype
+from .peers import Peer, Setting
+from .presets import PARTS, Preset
 from .results import add_shares, entry, result, skipped
 from .workloads import Skipped, Workload
 
 SCHEMA = 1
-PARTS = ("paper", "sweep", "real", "end-to-end", "memory", "largest")
+PREPARING = 0.3  # of the whole time; compiling 22 layers for several shapes takes minutes
 RESERVED = 0.15  # of the time left stays for memory and the like
+BUSY = 0.4  # load per core
 LONG = 4.0  # times as much time for a workload with texts beyond 2048 tokens
 EVEN_TOKENS = 256
 
@@ -49,9 +52,18 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     conditions = machine.conditions(setting.device)
     say(f"{conditions['cpu']}, {setting.threads} threads, {setting.dtype}")
+    warnings = busy(conditions)
+    for warning in warnings:
+        say(warning)
     before = measure_ceiling(setting.dtype, setting.device)
     say("peers:")
-    contest = prepare_all(setting, options.settings.peers, options.settings.batch_tokens, say)
+    contest = prepare_all(
+        setting,
+        options.settings.peers,
+        options.settings.batch_tokens,
+        say,
+        deadline=clock.begun + PREPARING * clock.limit,
+    )
     measured = measure_workloads(options, contest, clock, say)
     memory = measure_memory(options, contest, say) if "memory" in options.parts else []
     largest = measure_largest(options, contest, say) if "largest" in options.parts else []
@@ -65,6 +77,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         "benchmark": "modernbert bench",
         "started": started,
         "seconds": round(clock.elapsed(), 1),
+        "warnings": warnings,
         "machine": conditions,
         "load_average_after": machine.load_average(),
         "settings": {
@@ -82,6 +95,18 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         "largest_batch": largest,
         "published": published.as_dict(setting.size),
     }
+
+
+def busy(conditions: dict[str, Any]) -> list[str]:
+    """What to tell a reader when others were using the machine at the start."""
+    load = (conditions["load_average"] or [0.0])[0]
+    if load < BUSY * conditions["usable_cores"]:
+        return []
+    return [
+        f"Others were using this machine (load {load} on {conditions['usable_cores']} cores): "
+        "figures and ratios are not to be relied on. PyTorch suffers most, as its threads wait for "
+        "each other."
+    ]
 
 
 class Clock:
@@ -110,6 +135,16 @@ def make_setting(options: Options) -> Setting:
     torch.set_num_threads(threads)
     dtype = resolve_dtype(options.settings.dtype, device)
     return Setting.make(options.size, dtype, device, threads)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is what the device multiplies fastest without emulation."""
+    if name != "auto":
+        return getattr(torch, name)
+    native = computes_natively(torch.bfloat16, device)
+    if device.type == "cuda" and not native:
+        return torch.float16
+    return torch.bfloat16 if native else torch.float32
 
 
 def choose_workloads(options: Options) -> list[Workload | Skipped]:
@@ -251,9 +286,17 @@ def measure_largest(
                 note, found = f"takes at most {peer.longest(contest.setting)} tokens a text", None
             else:
                 say(f"largest batch of {peer.name} at {length}")
-                note, found = "", largest_batch(peer, length, limit, device)
+                found, note = _largest(peer, length, max(limit * 512 // length, 1), device)
             rows.append({"peer": peer.name, "tokens_each": length, "texts": found, "note": note})
     return rows
+
+
+def _largest(peer: Peer, length: int, limit: int, device: torch.device) -> tuple[int | None, str]:
+    try:
+        found = largest_batch(peer, length, limit, device)
+    except Exception as error:  # a foreign library's failure is a result of its own
+        return None, describe(error)
+    return found, f"no more were tried than {limit}" if found == limit else ""
 
 
 def _weight(job: Workload | Skipped) -> float:

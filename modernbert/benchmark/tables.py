@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
+from .results import BASIS
+
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report: conditions, every workload, memory, largest batches, what is missing."""
@@ -21,6 +23,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         f"{' x '.join(map(str, ceiling['shape']))}), copy {ceiling['copy_bytes'] / 1e9:.3g} GB/s, "
         f"threads {machine['threads']}."
     )
+    for warning in report["warnings"]:
+        yield from ("", f"**{warning}**")
+    yield from ("", *table(_summary(report)))
     for workload in report["workloads"]:
         yield ""
         yield from _workload(workload, report)
@@ -28,6 +33,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         ("Peak memory of one pass above the loaded model", _memory(report)),
         ("Largest batch that fits", _largest(report)),
         ("Implementations", _states(report)),
+        (f"Published, not measured here: {report['published']['source']}", _published(report)),
     ):
         if len(rows) > 1:
             yield from ("", f"## {title}", "")
@@ -103,10 +109,47 @@ def _workload(workload: dict[str, Any], report: dict[str, Any]) -> Iterator[str]
     rows = [[*head, "ours is faster by", "(quartiles; extremes)", "pairs", "remark"]]
     fastest_first = sorted(workload["entries"], key=lambda e: -(e["tokens_per_second"] or 0))
     rows += [_entry(entry) for entry in fastest_first]
-    if workload["published_tokens_per_second"]:
-        speed = f"{workload['published_tokens_per_second']:.0f}"
-        rows.append(["ModernBERT, published", "", speed, "", "", "", "", "", "one RTX 4090, paper"])
+    measured = {"ModernBERT", *(entry["peer"] for entry in workload["entries"])}
+    for model, speed in published_row(workload["name"], report).items():
+        if speed is not None and model in measured:
+            cells = [f"{model}, published", "", f"{1000 * speed:.0f}", *[""] * 5]
+            rows.append([*cells, "the paper, on one RTX 4090"])
     yield from table(rows)
+
+
+def published_row(workload: str, report: dict[str, Any]) -> dict[str, float | None]:
+    """Thousand tokens per second of the paper's models on one workload; empty for others."""
+    published = report["published"]
+    if workload not in published["workloads"]:
+        return {}
+    column = published["workloads"].index(workload)
+    speeds = published["thousand_tokens_per_second"]
+    return {model: row[column] for model, row in speeds.items()}
+
+
+def _summary(report: dict[str, Any]) -> list[list[str]]:
+    """One row a workload: ours, and the best of the others with each way to batch."""
+    head = ["workload", "ours, tokens/s", "of ceiling"]
+    rows = [[*head, "best other, as given", "ours is faster by", "best other, tuned", "by"]]
+    for workload in report["workloads"]:
+        if workload["skipped"]:
+            continue
+        ours = next(e for e in workload["entries"] if e["peer"] in BASIS)
+        row = [workload["name"], _number(ours["tokens_per_second"], ".0f")]
+        row.append(_number(ours["ceiling_share"], ".0%"))
+        for key in ("best_as_given", "best"):
+            rival = workload[key] or {}
+            row += [rival.get("peer", ""), _number(rival.get("ours_is_faster_by"), ".2f")]
+        rows.append(row)
+    return rows
+
+
+def _published(report: dict[str, Any]) -> list[list[str]]:
+    published = report["published"]
+    rows = [["model, thousand tokens/s", *published["workloads"]]]
+    for model, speeds in published["thousand_tokens_per_second"].items():
+        rows.append([model, *(_number(speed, ".1f") for speed in speeds)])
+    return rows
 
 
 def _entry(entry: dict[str, Any]) -> list[str]:
@@ -146,7 +189,9 @@ def _largest(report: dict[str, Any]) -> list[list[str]]:
         rows.append([row["peer"], str(row["tokens_each"]), size, row["note"]])
     for length, texts in zip((512, 8192), published, strict=True):
         if len(rows) > 1 and texts:
-            rows.append(["ModernBERT, published", str(length), str(texts), "one RTX 4090, paper"])
+            rows.append(
+                ["ModernBERT, published", str(length), str(texts), "the paper, on one RTX 4090"]
+            )
     return rows
 
 
