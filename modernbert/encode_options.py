@@ -29,6 +29,7 @@ class EncodeOptions:
     normalize_embeddings: bool = False
     truncate_dim: int | None = None
     batch_tokens: int | None = None
+    invariant: bool = False
     truncation: str = "warn"
     window: int = WINDOW_TEXTS
     report: EncodeReport | None = None

@@ -258,6 +258,7 @@ class SentenceEncoder(nn.Module):
         truncate_dim: int | None = None,
         *,
         batch_tokens: int | None = None,
+        invariant: bool = False,
         truncation: str = "warn",
         window: int = WINDOW_TEXTS,
         report: EncodeReport | None = None,
@@ -281,6 +282,8 @@ class SentenceEncoder(nn.Module):
             truncate_dim: keep that many leading dimensions; wins over the attribute.
             batch_tokens: the token budget of a batch. When memory runs out it is halved and the
                 batch tried again, down to a single text.
+            invariant: run every text by itself, so that its vector is the same to the last bit
+                whatever its neighbours, the budget and its place. Short texts take longer.
             truncation: what to do with texts beyond `max_seq_length`: "cut" them, cut them and
                 "warn" once at the end, or raise an "error" before they are encoded.
             window: texts that are sorted by length together.
@@ -303,6 +306,7 @@ class SentenceEncoder(nn.Module):
             normalize_embeddings=normalize_embeddings,
             truncate_dim=truncate_dim,
             batch_tokens=batch_tokens,
+            invariant=invariant,
             truncation=truncation,
             window=window,
             report=report,
@@ -381,7 +385,8 @@ class SentenceEncoder(nn.Module):
             max_length=self.max_seq_length,
             report=report,
             count_cuts=options.report is not None,
-            batch_size=options.batch_size,
+            # Matrix products of other sizes round differently, so nothing may share a batch.
+            batch_size=1 if options.invariant else options.batch_size,
             window=options.window,
             truncation=options.truncation,
             progress=progress,

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import random
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -180,6 +181,20 @@ def test_a_vector_does_not_depend_on_its_batch(encoder: SentenceEncoder) -> None
         alone = encoder.encode(texts[index], normalize_embeddings=True)
         close(alone, together[index])
     assert abs(together[0] - together[1]).max() > 0.01
+
+
+def test_invariant_vectors_are_the_same_to_the_last_bit(encoder: SentenceEncoder) -> None:
+    texts = sentences(24)
+    expected = encoder.encode(texts, invariant=True)
+    generator = random.Random(0)
+    different = 0
+    for _ in range(50):
+        rows = generator.sample(range(24), generator.randint(1, 24))
+        chosen, budget = [texts[i] for i in rows], generator.randint(1, 400)
+        actual = encoder.encode(chosen, invariant=True, batch_tokens=budget)
+        assert np.array_equal(actual, expected[rows])
+        different += not np.array_equal(encoder.encode(chosen), expected[rows])
+    assert different > 25  # what the option is for
 
 
 def test_encode_leaves_no_trace(encoder: SentenceEncoder) -> None:
