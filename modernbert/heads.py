@@ -22,33 +22,29 @@ IGNORED = -100
 
 
 @dataclass
-class MaskedLMOutput(Output):
+class HeadOutput(Output):
+    """loss: None without labels; hidden_states, attentions: as in `ModernBertOutput`."""
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+class MaskedLMOutput(HeadOutput):
     """logits: (B, L, V), zeros at pads; (T, V) packed; (labelled tokens, V) when sparse."""
 
-    loss: Tensor | None
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
 
-
-@dataclass
-class SequenceClassifierOutput(Output):
+class SequenceClassifierOutput(HeadOutput):
     """logits: (B, N)."""
 
-    loss: Tensor | None
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
 
-
-@dataclass
-class TokenClassifierOutput(Output):
+class TokenClassifierOutput(HeadOutput):
     """logits: (B, L, N), zeros at pads; (T, N) packed."""
 
-    loss: Tensor | None
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
+
+class MultipleChoiceOutput(HeadOutput):
+    """logits: (B, C)."""
 
 
 @dataclass
@@ -58,16 +54,6 @@ class QuestionAnsweringOutput(Output):
     loss: Tensor | None
     start_logits: Tensor
     end_logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-
-
-@dataclass
-class MultipleChoiceOutput(Output):
-    """logits: (B, C)."""
-
-    loss: Tensor | None
-    logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Any, ...] | None = None
 
