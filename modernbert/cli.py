@@ -11,6 +11,7 @@ import click
 
 from modernbert.benchmark.command import bench
 from modernbert.console import Command, OneLineErrors, option, plain, similarity_table
+from modernbert.training.command import train
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,6 +93,7 @@ def main(debug: bool) -> None:
 
 
 main.add_command(bench)
+main.add_command(train)
 
 
 @main.command()

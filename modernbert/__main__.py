@@ -1,0 +1,5 @@
+"""`python -m modernbert`, for torchrun."""
+
+from modernbert.cli import main
+
+main()
