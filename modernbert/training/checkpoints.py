@@ -13,21 +13,36 @@ from torch import Tensor, nn
 from modernbert.pretrained import PreTrainedModel
 from modernbert.weights import save_folder
 
+from .sharding import like, whole
+
 STATE, OPTIMIZER, WEIGHTS = "state.json", "optimizer/model.safetensors", "model.safetensors"
 NAME = re.compile(r"step-(\d{9})")
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    *,
+    write: bool = True,
 ) -> Path:
-    """Write `folder`/step-000000123; a crash leaves no half of it."""
+    """Write `folder`/step-000000123; a crash leaves no half of it.
+
+    Every process has to call it, for parts of a sharded model; one of them is to `write`.
+    """
     path = folder / f"step-{step:09}"
     moments, numbers = optimizer_tensors(model, optimizer)
+    weights = whole(model.tensors_to_save(), keep=write)
+    moments = whole(moments, keep=write)
+    if not write:
+        return path
     text = json.dumps({**state, "step": step, "optimizer_steps": numbers}, indent=1)
     save_folder(
         path,
         files={**model.files_to_save(), STATE: text.encode()},
-        tensors=model.tensors_to_save(),
+        tensors=weights,
         extra_tensors={OPTIMIZER: moments},
         max_shard_size="1TB",
     )
@@ -58,7 +73,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
         raise ValueError(f"checkpoint {path} is of another model: the recipe has changed")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(like(weights[name], parameter))
 
 
 def optimizer_tensors(
@@ -88,8 +103,7 @@ def restore_optimizer(
         optimizer.state[parameters[name]] = {"step": step}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition(".")
-        device = parameters[parameter].device
-        optimizer.state[parameters[parameter]][key] = value.to(device)
+        optimizer.state[parameters[parameter]][key] = like(value, parameters[parameter])
 
 
 def checkpoints(folder: Path) -> list[Path]:

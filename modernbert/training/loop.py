@@ -137,7 +137,7 @@ class Trainer:
             tile_model(small.float(), model)
         if start.embeddings_from and not checkpoints(self.output / "checkpoints"):
             teacher = load_teacher(start.embeddings_from)
-            embeddings_from(teacher, model, self.tokenizer)
+            embeddings_from(teacher, model, self.tokenizer, self._turn(model.config.hidden_size))
         if self.recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model.to(self.device).train()
@@ -190,6 +190,13 @@ class Trainer:
         with self._first_alone():
             return teacher_vectors(folder, texts, len(store), data.teacher)
 
+    def _turn(self, width: int) -> np.ndarray | None:
+        """From the teacher's vectors to the student's: one rotation for the whole run."""
+        tasks = (task for phase in self.recipe.phases for task in phase.tasks)
+        name = next((task.data for task in tasks if task.objective == "distillation"), None)
+        targets = None if name is None else self._targets(name, "train")
+        return None if targets is None else rotation(targets, width)
+
     def _task(self, spec: Task, phase: Phase) -> TrainingTask:
         store, validation = (self._store(spec.data, s) for s in ("train", "validation"))
         assert store is not None
@@ -199,7 +206,7 @@ class Trainer:
         if spec.objective == "distillation":
             targets = self._targets(spec.data, "train")
             assert targets is not None
-            turn = rotation(targets, self.model.config.hidden_size)
+            turn = self._turn(self.model.config.hidden_size)
             extra = (targets, self._targets(spec.data, "validation"), turn)
         return VectorTask(self.context, self.model, spec, phase, store, validation, *extra)
 
@@ -270,7 +277,9 @@ class Trainer:
             group["lr"] = rate
         state["step"] += 1
         tokens, line = 0, {"step": state["step"], "lr": rate}
-        for task in tasks:
+        for task, spec in zip(tasks, phase.tasks, strict=True):
+            if state["step"] % spec.every:
+                continue
             seen, metrics = task.backward(state["step"], state["phase_tokens"])
             tokens += seen
             line |= {f"{task.name}/{key}": value for key, value in metrics.items()}

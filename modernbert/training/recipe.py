@@ -31,7 +31,8 @@ class Data:
     Attributes:
         files: glob patterns of .jsonl(.gz), .txt(.gz) or .parquet files, relative to the recipe.
         fields: the texts of a record; for contrastive training anchor, positive, any negatives.
-        label: the field that holds a class (or a list of classes, one per word).
+        label: the field that holds a class; in token classification a list of classes, one for
+            each word of the list of words that the text then is.
         validation: share of the records, chosen by the hash of the first field, that is never
             trained on.
         teacher: sentence-transformers name or folder whose vectors a distillation follows.
@@ -52,6 +53,7 @@ class Task:
         objective: "mlm", "distillation", "contrastive" or a head.
         data: name of a [data.NAME] table.
         weight: of this task's loss among the phase's tasks.
+        every: the task is part of every n-th step only.
         rows: packed rows of `micro_tokens` tokens in a step (mlm).
         texts: records in a step (all others).
         mask_rate: share of the tokens to predict (mlm).
@@ -64,6 +66,7 @@ class Task:
     objective: str
     data: str
     weight: float = 1.0
+    every: int = 1
     rows: int = 1
     texts: int = 64
     mask_rate: float = 0.3
@@ -146,7 +149,8 @@ class Recipe:
         keep: last checkpoints that are kept.
         average: the finished weights are the mean of this many last checkpoints, the end included.
         log_steps, validation_steps: between lines of the log, between validations.
-        early_stopping: validations without a better loss after which a phase ends; 0 for never.
+        early_stopping: validations without a better loss (of the first task that has one) after
+            which a phase ends; however it ends, its best weights are kept. 0 for neither.
         workers: processes that tokenise.
         max_seq_length: tokens of the longest text of the finished sentence encoder.
     """
@@ -304,12 +308,15 @@ def _check(recipe: Recipe, source: str) -> None:
             place = f"{where}.tasks.{j}"
             choices.append((f"{place}.objective", task.objective, OBJECTIVES))
             choices.append((f"{place}.data", task.data, tuple(recipe.data)))
-            positive += [(f"{place}.{n}", getattr(task, n)) for n in ("rows", "texts", "weight")]
+            positive += [
+                (f"{place}.{n}", getattr(task, n)) for n in ("rows", "texts", "weight", "every")
+            ]
             positive.append((f"{place}.temperature", task.temperature))
             if not 0 < task.mask_rate < 1:
                 raise ValueError(f"{source}: {place}.mask_rate is {task.mask_rate}, not in (0, 1)")
             if task.data in recipe.data:
                 _check_task(task, recipe.data[task.data], f"{source}: {place}")
+    _check_heads(recipe, source)
     for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{source}: {name} is {value!r}; choose {', '.join(allowed)}")
@@ -325,6 +332,25 @@ def _check(recipe: Recipe, source: str) -> None:
             raise ValueError(f"{source}: data.{name} needs files and fields")
 
 
+def _check_heads(recipe: Recipe, source: str) -> None:
+    """One head for a run, and what early stopping needs."""
+    objectives = {task.objective for phase in recipe.phases for task in phase.tasks}
+    heads = {name if name.endswith("classification") else "" for name in objectives}
+    if len(heads) > 1:
+        raise ValueError(
+            f"{source}: the tasks are {', '.join(sorted(objectives))}, of more than one head; "
+            "write a recipe for each, the second with start.checkpoint"
+        )
+    if recipe.early_stopping:
+        if not any(data.validation for data in recipe.data.values()):
+            raise ValueError(f"{source}: early_stopping needs a data.NAME.validation above 0")
+        if recipe.average > 1:
+            raise ValueError(
+                f"{source}: average is {recipe.average}, and early_stopping keeps the best weights "
+                "alone; choose one of them"
+            )
+
+
 def _check_task(task: Task, data: Data, place: str) -> None:
     if task.objective == "distillation" and data.teacher is None:
         raise ValueError(f"{place}: distillation needs data.{task.data}.teacher")
@@ -332,3 +358,9 @@ def _check_task(task: Task, data: Data, place: str) -> None:
         raise ValueError(f"{place}: contrastive training needs two fields in data.{task.data}")
     if task.objective.endswith("classification") and data.label is None:
         raise ValueError(f"{place}: {task.objective} needs data.{task.data}.label")
+    most = {"sequence-classification": 2, "token-classification": 1}
+    if len(data.fields) > most.get(task.objective, len(data.fields)):
+        raise ValueError(
+            f"{place}: {task.objective} reads {most[task.objective]} fields at most, "
+            f"data.{task.data}.fields has {len(data.fields)}"
+        )

@@ -18,7 +18,7 @@ from modernbert.packing import PackedBatch, pack, token_budget_batches
 from modernbert.tokenizer import Tokenizer
 
 from . import objectives
-from .masking import mask_tokens
+from .masking import IGNORED, mask_tokens
 from .packing import BestFitPacker, permutation
 from .recipe import Phase, Recipe, Task
 from .schedule import BatchWarmup
@@ -46,6 +46,22 @@ class Context:
         number = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(number)
         return number.item()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the layers only."""
+        return self.world > 1 and self.recipe.parallel == "fsdp"
+
+    def rounds(self, count: int) -> int:
+        """Of how many micro-batches this process, which has `count`, makes its step.
+
+        Sharded layers are gathered from all processes, so that all must run them equally often.
+        """
+        if not self.sharded:
+            return count
+        number = torch.tensor(count, device=self.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
 
     def rng(self, *key: int) -> np.random.Generator:
         """Random numbers for one place of the run."""
@@ -133,6 +149,7 @@ class MaskedLM:
             for index, row in enumerate(rows)
             if index % context.world == context.rank
         ]
+        mine += [self.empty_row()] * (context.rounds(len(mine)) - len(mine))
         labelled = context.total(sum(int((labels >= 0).sum()) for _, labels in mine))
         loss, right = 0.0, 0.0
         for index, (batch, labels) in enumerate(mine):
@@ -169,6 +186,11 @@ class MaskedLM:
         device = self.context.device
         return pack(parts).to(device), torch.from_numpy(labels).to(device)
 
+    def empty_row(self) -> tuple[PackedBatch, Tensor]:
+        """A row with nothing to predict: its loss and its gradients are 0."""
+        ids, device = self.context.wrap(np.empty(0, dtype=np.int64)), self.context.device
+        return pack([ids]).to(device), torch.full((len(ids),), IGNORED, device=device)
+
     @torch.no_grad()
     def validate(self) -> Metrics:
         if self.held_out is None:
@@ -200,7 +222,7 @@ class TextTask:
     """Whole records, `spec.texts` a step, in a new order each epoch."""
 
     def __init__(
-        self, context: Context, model: Any, spec: Task, phase: Phase, store: TokenStore
+        self, context: Context, model: Any, spec: Task, phase: Phase, records: int
     ) -> None:
         if spec.texts % context.world:
             raise ValueError(
@@ -208,15 +230,13 @@ class TextTask:
                 f"of the {context.world} processes"
             )
         self.context, self.model, self.spec = context, model, spec
-        self.store, self.body = store, phase.max_length - 2
-        self.width = len(store.fields)
-        self.records = len(store) // self.width
-        if self.records < spec.texts:
+        self.records = records
+        if records < spec.texts:
             raise ValueError(
-                f"data.{spec.data} has {self.records} records, fewer than texts = {spec.texts}"
+                f"data.{spec.data} has {records} records, fewer than texts = {spec.texts}"
             )
         self.epoch = self.position = 0
-        self.order = permutation(self.records, context.recipe.seed, 0)
+        self.order = permutation(records, context.recipe.seed, 0)
 
     def next_records(self) -> np.ndarray:
         """(texts,) indices of the next global batch; an epoch's rest that fills none is left."""
@@ -231,15 +251,15 @@ class TextTask:
         size = len(records) // self.context.world
         return records[self.context.rank * size : (self.context.rank + 1) * size]
 
-    def texts(self, store: TokenStore, records: np.ndarray) -> list[list[int]]:
-        """All fields of the records, cut to the phase's length."""
-        indices = (records[:, None] * self.width + np.arange(self.width)).ravel()
-        return [self.context.wrap(store[i][: self.body]) for i in indices.tolist()]
-
     def micro_batches(self, texts: list[list[int]]) -> list[PackedBatch]:
         """The texts in order, at most `micro_tokens` tokens at a time."""
         budget = self.context.recipe.micro_tokens
-        groups = token_budget_batches([len(text) for text in texts], budget)
+        groups = list(token_budget_batches([len(text) for text in texts], budget))
+        rounds = self.context.rounds(len(groups))
+        while len(groups) < rounds:  # every process has as many texts, so there is one to split
+            at = max(range(len(groups)), key=lambda i: len(groups[i]))
+            half = len(groups[at]) // 2
+            groups[at : at + 1] = [groups[at][:half], groups[at][half:]]
         return [pack([texts[i] for i in group]).to(self.context.device) for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,7 +285,9 @@ class VectorTask(TextTask):
         validation_targets: np.ndarray | None = None,
         rotation: np.ndarray | None = None,
     ) -> None:
-        super().__init__(context, model, spec, phase, store)
+        self.store, self.body = store, phase.max_length - 2
+        self.width = len(store.fields)
+        super().__init__(context, model, spec, phase, len(store) // self.width)
         self.name = f"{spec.objective}/{spec.data}"
         self.validation, self.targets = validation, targets
         self.validation_targets, self.rotation = validation_targets, rotation
@@ -287,6 +309,11 @@ class VectorTask(TextTask):
         value = objectives.backward_through_vectors(encode, len(batches), loss, self.spec.weight)
         tokens = self.context.total(sum(map(len, texts)))
         return int(tokens), {"loss": value}
+
+    def texts(self, store: TokenStore, records: np.ndarray) -> list[list[int]]:
+        """All fields of the records, cut to the phase's length."""
+        indices = (records[:, None] * self.width + np.arange(self.width)).ravel()
+        return [self.context.wrap(store[i][: self.body]) for i in indices.tolist()]
 
     def loss_of(
         self, store: TokenStore, records: np.ndarray, targets: np.ndarray | None

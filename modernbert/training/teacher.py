@@ -97,9 +97,9 @@ def rotation(vectors: np.ndarray, width: int, sample: int = 100_000) -> np.ndarr
     """(D, width) float32: the leading principal directions of the vectors (N, D), not centred.
 
     A rotation keeps cosines, and ordered by variance its leading dimensions lose the least of
-    them: a Matryoshka target. The first `sample` vectors decide.
+    them: a Matryoshka target. About `sample` vectors decide, spread evenly.
     """
-    x = np.asarray(vectors[:sample], dtype=np.float64)
+    x = np.asarray(vectors[:: max(1, len(vectors) // sample)], dtype=np.float64)
     values, directions = np.linalg.eigh(x.T @ x)
     order = np.argsort(values)[::-1][:width]
     chosen = directions[:, order]
