@@ -19,6 +19,11 @@ STATE, OPTIMIZER, WEIGHTS = "state.json", "optimizer/model.safetensors", "model.
 NAME = re.compile(r"step-(\d{9})")
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"step-{step:09}"
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -32,7 +37,7 @@ def save_checkpoint(
 
     Every process has to call it, for parts of a sharded model; one of them is to `write`.
     """
-    path = folder / f"step-{step:09}"
+    path = folder / checkpoint_name(step)
     moments, numbers = optimizer_tensors(model, optimizer)
     weights = whole(model.tensors_to_save(), keep=write)
     moments = whole(moments, keep=write)
@@ -113,9 +118,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / STATE).is_file())
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints."""
-    for path in checkpoints(folder)[:-keep]:
+def prune(folder: Path, keep: int, *, since: str = "") -> None:
+    """Delete all but the last `keep` of the checkpoints that are named `since` or later."""
+    found = [path for path in checkpoints(folder) if path.name >= since]
+    for path in found[: max(0, len(found) - keep)]:
         shutil.rmtree(path)
 
 

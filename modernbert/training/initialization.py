@@ -6,21 +6,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modernbert.heads import ModernBertForMaskedLM
+from modernbert.pretrained import PreTrainedModel
 from modernbert.tokenizer import Tokenizer
 
 from .teacher import rotation
 
+ROW_STD = 0.25
+
 
 @torch.no_grad()
 def embeddings_from(
-    teacher: Any, model: ModernBertForMaskedLM, tokenizer: Tokenizer, turn: np.ndarray | None = None
+    teacher: Any, model: PreTrainedModel, tokenizer: Tokenizer, turn: np.ndarray | None = None
 ) -> None:
     """Set each token's row to the teacher's vector of the token's string.
 
     `turn` (D', D) maps the teacher's vectors to the model's width, by default to their leading
-    principal directions; the rows get the length that the random ones have. Tokens that are no
-    text (special tokens, halves of characters, white space) keep their random rows.
+    principal directions. Tokens that are no text (special tokens, halves of characters, white
+    space) keep their random direction.
+
+    All rows get a standard deviation of `ROW_STD`, much more than random tables have. The norm
+    that follows does not see the difference, but a step of Adam moves a row by about the learning
+    rate whatever its length: short rows would forget their start in a few steps. The masked LM's
+    norm before the tied decoder is scaled down by as much, so that its logits do not change.
     """
     table = model.get_input_embeddings().weight
     strings = {i: tokenizer.decode([i]).strip() for i in range(tokenizer.vocab_size)}
@@ -30,5 +37,11 @@ def embeddings_from(
     if turn is None:
         turn = rotation(vectors, table.shape[1])
     rows = torch.from_numpy(vectors @ turn)
-    length = table[ids].norm(dim=1).mean()
-    table[ids] = F.normalize(rows, dim=1).to(table) * length
+    before = table.std()
+    table[ids] = rows.to(table)
+    table.copy_(F.normalize(table, dim=1) * ROW_STD * table.shape[1] ** 0.5)
+    padding = model.config.pad_token_id
+    if padding is not None:
+        table[padding] = 0
+    if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
+        model.head.norm.weight *= before / ROW_STD

@@ -7,19 +7,20 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from modernbert.accounting import flops_of_decoder, flops_per_token
 from modernbert.benchmark.ceiling import measure_ceiling
 from modernbert.config import FULL, ModernBertConfig
-from modernbert.heads import ModernBertForMaskedLM
+from modernbert.heads import ClassifierModel, HeadModel, ModernBertForMaskedLM
 from modernbert.model import RotaryTable
 from modernbert.pooling import Normalize, Pooling
 from modernbert.pretrained import best_device
@@ -27,12 +28,30 @@ from modernbert.sentence_layout import Settings, layout_files
 from modernbert.tokenizer import Tokenizer
 from modernbert.weights import open_checkpoint, save_folder
 
-from .checkpoints import average, checkpoints, load_checkpoint, load_weights, prune, save_checkpoint
+from .checkpoints import (
+    average,
+    checkpoint_name,
+    checkpoints,
+    load_checkpoint,
+    load_weights,
+    prune,
+    save_checkpoint,
+)
+from .classification import (
+    HEADS,
+    PER_WORD,
+    Classification,
+    Examples,
+    class_names,
+    label_ids,
+    read_examples,
+)
 from .initialization import embeddings_from
 from .optimizer import StableAdamW, parameter_groups
 from .readers import find_files, is_validation, read_file
 from .recipe import Data, Phase, Recipe, Task
 from .schedule import learning_rate
+from .sharding import is_sharded, shard, whole
 from .store import TokenStore, build_store
 from .tasks import Context, MaskedLM, Metrics, TrainingTask, VectorTask
 from .teacher import load_teacher, rotation, teacher_vectors
@@ -45,7 +64,8 @@ class Trainer:
     """A run of a recipe; `run` trains to the end, from the last checkpoint if there is one.
 
     Started by torchrun, every process trains on its share of each global batch and the gradients
-    are summed, so that the result does not depend on their number but for rounding.
+    are summed, so that the result does not depend on their number but for rounding. With
+    `parallel = "fsdp"` each keeps a slice of the layers only (see `shard`); checkpoints are whole.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -59,6 +79,7 @@ class Trainer:
         self.tokenizer = Tokenizer.from_pretrained(_name_or_folder(recipe, recipe.tokenizer))
         self.context = Context(recipe, self.tokenizer, self.device, self.rank, self.world)
         self.stores: dict[tuple[str, str], TokenStore] = {}
+        self.examples: dict[str, tuple[Examples, Examples | None]] = {}
         self.stopping = False
 
     def _device(self) -> torch.device:
@@ -79,6 +100,8 @@ class Trainer:
         """Train; the folder of the finished model, or None when a signal stopped the run early."""
         self.output.mkdir(parents=True, exist_ok=True)
         self.model = self._model()
+        if self.context.sharded:
+            shard(self.model)
         optimizer = StableAdamW(
             parameter_groups(self.model, 0.0),
             lr=self.recipe.phases[0].learning_rate,
@@ -113,17 +136,28 @@ class Trainer:
             recipe.pop(free)
         return json.loads(json.dumps(recipe))
 
-    def _model(self) -> ModernBertForMaskedLM:
-        torch.manual_seed(self.recipe.seed)
+    def _model(self) -> HeadModel:
         start = self.recipe.start
+        checkpoint = None
         if start.checkpoint:
             checkpoint = open_checkpoint(_name_or_folder(self.recipe, start.checkpoint))
-            model = ModernBertForMaskedLM.from_checkpoint(
-                checkpoint, dtype=torch.float32, **self.recipe.model
-            )
+        tasks = [task for phase in self.recipe.phases for task in phase.tasks]
+        objective = tasks[0].objective
+        kind: type[HeadModel] = HEADS.get(objective, ModernBertForMaskedLM)
+        options = dict(self.recipe.model)
+        if objective in HEADS:
+            found = [self._examples(task) for task in tasks]
+            names = class_names(each for pair in found for each in pair if each)
+            options["id2label"] = label_ids(names, checkpoint)
+            options["num_labels"] = len(options["id2label"])
+            if objective != PER_WORD:
+                options["problem_type"] = "single_label_classification"
+        torch.manual_seed(self.recipe.seed)
+        if checkpoint:
+            model = kind.from_checkpoint(checkpoint, dtype=torch.float32, **options)
         else:
             known = {f.name for f in dataclasses.fields(ModernBertConfig)}
-            for name in self.recipe.model.keys() - known:
+            for name in options.keys() - known:
                 raise ValueError(f"model.{name} is no field of ModernBertConfig")
             ids = {
                 f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id")
@@ -131,9 +165,9 @@ class Trainer:
             }
             ids |= {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
             size = {"vocab_size": self.tokenizer.vocab_size}
-            model = ModernBertForMaskedLM(ModernBertConfig(**{**size, **ids, **self.recipe.model}))
+            model = kind(ModernBertConfig(**{**size, **ids, **options}))
         if start.tile:
-            small = ModernBertForMaskedLM.from_pretrained(_name_or_folder(self.recipe, start.tile))
+            small = kind.from_pretrained(_name_or_folder(self.recipe, start.tile))
             tile_model(small.float(), model)
         if start.embeddings_from and not checkpoints(self.output / "checkpoints"):
             teacher = load_teacher(start.embeddings_from)
@@ -159,6 +193,13 @@ class Trainer:
             with self._first_alone():
                 self.stores[key] = build_store(folder, sources, self.tokenizer, **arguments)
         return self.stores[key]
+
+    def _examples(self, task: Task) -> tuple[Examples, Examples | None]:
+        """The labelled records of a task: to train on, and held out."""
+        if task.data not in self.examples:
+            data = self.recipe.data[task.data]
+            self.examples[task.data] = read_examples(data, self._patterns(data), task.objective)
+        return self.examples[task.data]
 
     def _patterns(self, data: Data) -> list[str]:
         return [str(self.recipe.path(pattern)) for pattern in data.files]
@@ -198,6 +239,9 @@ class Trainer:
         return None if targets is None else rotation(targets, width)
 
     def _task(self, spec: Task, phase: Phase) -> TrainingTask:
+        if isinstance(self.model, ClassifierModel):
+            return Classification(self.context, self.model, spec, phase, *self._examples(spec))
+        assert isinstance(self.model, ModernBertForMaskedLM)
         store, validation = (self._store(spec.data, s) for s in ("train", "validation"))
         assert store is not None
         if spec.objective == "mlm":
@@ -223,7 +267,8 @@ class Trainer:
             group["max_lr"] = phase.learning_rate
             group["weight_decay"] = phase.weight_decay if group["params"][0].ndim > 1 else 0.0
         peak = self._peak()
-        best, waited = float("inf"), 0
+        line: dict[str, Any] = {"step": state["step"], "tokens": state["tokens"]}
+        line["phase"] = phase.name
         description = f"{phase.name} {index + 1}/{len(self.recipe.phases)}"
         with tqdm(
             total=phase.tokens,
@@ -235,7 +280,7 @@ class Trainer:
             smoothing=0.05,
             mininterval=1,
         ) as bar:
-            while state["phase_tokens"] < phase.tokens:
+            while state["phase_tokens"] < phase.tokens and not self._out_of_patience():
                 tokens, line = self._step(tasks, phase, peak)
                 bar.update(tokens)
                 bar.set_postfix_str(" ".join(_short(line)))
@@ -244,8 +289,7 @@ class Trainer:
                     scores = self._validate(tasks)
                     line |= {f"validation/{name}": value for name, value in scores.items()}
                     if self.recipe.early_stopping and scores:
-                        loss = next(iter(scores.values()))
-                        best, waited = (loss, 0) if loss < best else (best, waited + 1)
+                        self._remember_best(index, tasks, next(iter(scores.values())))
                 if step % self.recipe.log_steps == 0 or len(line) > self.plain:
                     self._log(line)
                 stop = self._agree_to_stop()
@@ -253,14 +297,29 @@ class Trainer:
                     self._save(index, tasks)
                 if stop:
                     return False
-                if self.recipe.early_stopping and waited >= self.recipe.early_stopping:
-                    logger.info("no better validation loss for %d validations", waited)
-                    break
+        if best := state.pop("best", None):
+            logger.info("the best validation was at step %d: its weights stay", best["step"])
+            path = self.output / "best" / checkpoint_name(best["step"])
+            load_checkpoint(path, self.model, self.optimizer)
         scores = self._validate(tasks)
         self._log(line | {f"validation/{name}": value for name, value in scores.items()})
         state.update(phase=index + 1, phase_tokens=0, tasks=[])
         self._save(index + 1, [])
         return True
+
+    def _remember_best(self, index: int, tasks: list[TrainingTask], loss: float) -> None:
+        """Count validations since the best one, whose weights and moments are kept aside."""
+        loss = self.context.total(loss) / self.world  # one number, or processes might part ways
+        best = self.state.get("best")
+        if best and not loss < best["loss"]:
+            best["waited"] += 1
+            return
+        self.state["best"] = {"step": self.state["step"], "loss": loss, "waited": 0}
+        self._write_checkpoint(index, tasks, self.output / "best")
+
+    def _out_of_patience(self) -> bool:
+        best = self.state.get("best")
+        return best is not None and best["waited"] >= self.recipe.early_stopping
 
     def _step(self, tasks: list[TrainingTask], phase: Phase, peak: float) -> tuple[int, Metrics]:
         state, started = self.state, time.perf_counter()
@@ -306,10 +365,16 @@ class Trainer:
         return tokens, line
 
     def _sum_gradients(self) -> None:
-        """Add up the gradients of all processes, in one message for each dtype."""
+        """Add up the gradients of all processes, but for sharded ones: they have been."""
         if self.world == 1:
             return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.requires_grad and not is_sharded(p)]
+        # What no process has a gradient of stays without one: the optimizer leaves it alone.
+        has = torch.tensor([p.grad is not None for p in parameters], device=self.device).int()
+        dist.all_reduce(has, dist.ReduceOp.MAX)
+        parameters = [p for p, any_has in zip(parameters, has.tolist(), strict=True) if any_has]
+        if not parameters:
+            return
         for p in parameters:  # a process without a row of its own has none
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -375,7 +440,7 @@ class Trainer:
                 log.write(json.dumps(line) + "\n")
 
     def _cut_log(self) -> None:
-        """Drop what was logged after the checkpoint that the run goes on from."""
+        """Drop what was logged, and kept aside, after the checkpoint that the run goes on from."""
         path = self.output / "log.jsonl"
         if self.first and path.is_file():
             lines = path.read_text("utf-8").splitlines(keepends=True)
@@ -383,24 +448,36 @@ class Trainer:
                 x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= self.state["step"]
             ]
             path.write_text("".join(kept), "utf-8")
+        if self.first:
+            later = checkpoint_name(self.state["step"] + 1)
+            prune(self.output / "best", 0, since=later)
 
     def _save(self, phase: int, tasks: list[TrainingTask]) -> None:
-        if not self.first:
-            return
+        folder = self.output / "checkpoints"
+        self._write_checkpoint(phase, tasks, folder)
+        if self.first:
+            prune(folder, max(self.recipe.keep, self.recipe.average))
+            # No earlier than this: a run may go on at the checkpoint before, and need its best.
+            prune(self.output / "best", 1 if "best" in self.state else 0)
+
+    def _write_checkpoint(self, phase: int, tasks: list[TrainingTask], folder: Path) -> None:
+        """Rank 0 writes; the others wait, so that all may read it."""
         self.state.update(phase=phase, tasks=[task.state_dict() for task in tasks])
         state = {**self.state, "recipe": self._identity()}
-        folder = self.output / "checkpoints"
-        save_checkpoint(folder, state.pop("step"), self.model, self.optimizer, state)
-        prune(folder, max(self.recipe.keep, self.recipe.average))
+        step = state.pop("step")
+        save_checkpoint(folder, step, self.model, self.optimizer, state, write=self.first)
+        if self.world > 1:
+            dist.barrier()
 
     def _finish(self) -> Path:
-        """Average, write the finished model in the sentence-transformers layout, and plot."""
+        """Average, write the finished model, and plot."""
         folder = self.output / "model"
+        last = checkpoints(self.output / "checkpoints")[-self.recipe.average :]
+        if len(last) > 1:
+            load_weights(self.model, average(last), last[-1])
+        weights = whole(self.model.tensors_to_save(), keep=self.first)
         if self.first:
-            last = checkpoints(self.output / "checkpoints")[-self.recipe.average :]
-            if len(last) > 1:
-                load_weights(self.model, average(last), last[-1])
-            save_model(self.model, self.tokenizer, folder, self.recipe.max_seq_length)
+            save_model(self.model, weights, self.tokenizer, folder, self.recipe.max_seq_length)
             from .report import plot_run
 
             plot_run(self.output / "log.jsonl", self.output / "training.png", self.recipe.name)
@@ -408,18 +485,23 @@ class Trainer:
 
 
 def save_model(
-    model: ModernBertForMaskedLM, tokenizer: Tokenizer, folder: Path, max_seq_length: int
+    model: HeadModel,
+    weights: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    folder: Path,
+    max_seq_length: int,
 ) -> None:
-    """One folder that is a masked LM, and a sentence encoder with mean pooling, for everyone."""
-    settings = Settings(max_seq_length=max_seq_length)
-    pooling = Pooling(model.config.hidden_size)
-    files, extra = layout_files(settings, pooling, [Normalize()])
-    save_folder(
-        folder,
-        files={**files, **tokenizer.files(), **model.files_to_save()},
-        tensors=model.tensors_to_save(),
-        extra_tensors=extra,
-    )
+    """One folder for everyone: a classifier, or a masked LM that is a sentence encoder, too.
+
+    The sentence encoder takes the mean of the tokens. `weights` are all of the model's.
+    """
+    files = {**model.files_to_save(), **tokenizer.files()}
+    extra: Mapping[str, Mapping[str, Tensor]] = {}
+    if not isinstance(model, ClassifierModel):
+        settings = Settings(max_seq_length=max_seq_length)
+        layout, extra = layout_files(settings, Pooling(model.config.hidden_size), [Normalize()])
+        files |= layout
+    save_folder(folder, files=files, tensors=weights, extra_tensors=extra)
 
 
 def _name_or_folder(recipe: Recipe, name: str) -> str:

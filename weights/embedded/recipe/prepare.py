@@ -37,6 +37,8 @@ from tokenizers import (
 )
 from tqdm import tqdm
 
+from modernbert.evaluation.code_retrieval import in_test_split
+
 SEED = 17
 VOCABULARY = 16_384
 WORDS, CODE_FILES = 40_000, 4_000
@@ -110,7 +112,10 @@ def sized(texts: Iterable[str], low: int, high: int) -> Iterator[str]:
 
 
 def python_files() -> list[Path]:
-    """Sources of the standard library and of installed packages, in a fixed order."""
+    """Sources of the standard library and of installed packages, in a fixed order.
+
+    The modules that the evaluation of code retrieval reads are left out.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
     site = Path(sysconfig.get_paths()["purelib"])
     files = [p for p in sorted(library.rglob("*.py")) if "site-packages" not in p.parts]
@@ -118,7 +123,7 @@ def python_files() -> list[Path]:
         files += sorted((site / package).rglob("*.py"))
     wanted = [p for p in files if 500 < p.stat().st_size < 100_000 and "test" not in str(p).lower()]
     picked = np.random.Generator(np.random.PCG64(SEED)).permutation(len(wanted))[:CODE_FILES]
-    return [wanted[i] for i in sorted(picked)]
+    return [wanted[i] for i in sorted(picked) if not is_held_out(wanted[i])]
 
 
 def functions(source: str) -> Iterator[tuple[str, str]]:
@@ -142,8 +147,10 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
 
 
 def is_held_out(path: Path) -> bool:
-    """One module in ten is kept for code retrieval; the evaluation uses the other side."""
-    return int(hashlib.blake2b(path.name.encode(), digest_size=2).hexdigest(), 16) % 10 == 0
+    """Whether the evaluation of code retrieval reads a source file."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    inside = path.is_relative_to(library) and "site-packages" not in path.parts
+    return inside and in_test_split(path.relative_to(library).with_suffix("").parts[0])
 
 
 def snli(sources: Sources) -> Iterator[tuple[str, str, str]]:
@@ -197,9 +204,8 @@ def collect_pairs(sources: Sources, wikipedia: list[dict], code: list[Path]) -> 
     for long, split in wikisplit(sources):
         yield {"anchor": long, "positive": split}
     for path in code:
-        if not is_held_out(path):
-            for docstring, body in functions(path.read_text("utf-8", errors="ignore")):
-                yield {"anchor": docstring, "positive": body}
+        for docstring, body in functions(path.read_text("utf-8", errors="ignore")):
+            yield {"anchor": docstring, "positive": body}
 
 
 def collect_triplets(sources: Sources) -> Iterator[dict]:
