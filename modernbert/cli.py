@@ -11,6 +11,7 @@ import click
 
 from modernbert.benchmark.command import bench
 from modernbert.console import Command, OneLineErrors, option, plain, similarity_table
+from modernbert.evaluation.command import evaluate
 from modernbert.training.command import train
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def model_options(command: Command) -> Command:
         option("--dtype", metavar="DTYPE", help="float32, bfloat16, ...; default: as stored."),
         option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; default: a GPU if any."),
         option("--revision", metavar="COMMIT", help="Branch, tag or commit on the Hub."),
-        option("--model", required=True, metavar="MODEL", help="Hub id or folder."),
+        option("--model", metavar="MODEL", help="Hub id or folder; default: the one that ships."),
     ):
         command = decorate(command)
     return command
@@ -93,6 +94,7 @@ def main(debug: bool) -> None:
 
 
 main.add_command(bench)
+main.add_command(evaluate)
 main.add_command(train)
 
 
@@ -110,6 +112,7 @@ main.add_command(train)
 @truncate_dim
 @option("--normalize", is_flag=True, help="Scale vectors to length 1.")
 @option("--precision", type=click.Choice(PRECISIONS), default="float32", help="Of the vectors.")
+@option("--quantize", type=click.Choice(("int8",)), help="8-bit linear layers, on a CPU.")
 @option("--batch-tokens", type=POSITIVE, help="Tokens in a batch; halved if memory runs out.")
 @option("--truncation", type=click.Choice(("cut", "error")), default="cut", help="Of long texts.")
 @option("--progress/--no-progress", default=None, help="Progress bar; default: on a terminal.")
@@ -151,7 +154,10 @@ def embed(
     from modernbert.sentence import SentenceEncoder
     from modernbert.streaming import EncodeReport
 
-    encoder = SentenceEncoder.from_pretrained(**_loading(options))
+    quantize = options.pop("quantize")
+    if quantize:
+        options["device"] = options["device"] or "cpu"
+    encoder = SentenceEncoder.from_pretrained(**_loading(options), quantize=quantize)
     options["normalize_embeddings"] = options.pop("normalize")
     report = EncodeReport(truncated=None)
     begin = time.perf_counter()
@@ -286,7 +292,9 @@ def classify(texts: tuple[str, ...], pairs: tuple[str, ...], as_json: bool, **op
     config = ModernBertConfig.from_dict(checkpoint.config, source=checkpoint.name)
     made_for = str(config.architectures[0]) if config.architectures else "a base model"
     if "classifier.weight" not in checkpoint.tensors or "ForSequence" not in made_for:
-        raise ValueError(f"{checkpoint.name} is {made_for}, not a classifier of texts")
+        raise ValueError(
+            f"{checkpoint.name} is {made_for}, not a classifier of texts; choose one with --model"
+        )
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     model = ModernBertForSequenceClassification.from_checkpoint(checkpoint, **loading)
     results = predict.classify(model, tokenizer, rows, list(pairs) or None)
@@ -301,17 +309,18 @@ def classify(texts: tuple[str, ...], pairs: tuple[str, ...], as_json: bool, **op
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @option("--revision", metavar="COMMIT", help="Branch, tag or commit on the Hub.")
 @option("--local-files-only", is_flag=True, help="Use the Hub's cache, never the network.")
 @json_flag
-def info(model: str, revision: str | None, local_files_only: bool, as_json: bool) -> None:
+def info(model: str | None, revision: str | None, local_files_only: bool, as_json: bool) -> None:
     """Show parameters, memory and arithmetic of MODEL.
 
     All from its config alone. MODEL is a folder, a config.json, a Hub id, or an official name,
-    which needs no network.
+    which needs no network; without it, the model that ships.
     """
     from modernbert.accounting import account
+    from modernbert.weights import EMBEDDED_NAME
 
     config = _config(model, revision=revision, local_files_only=local_files_only)
     figures = account(config)
@@ -319,7 +328,7 @@ def info(model: str, revision: str | None, local_files_only: bool, as_json: bool
         click.echo(json.dumps(figures))
         return
     layers = figures["layers"]
-    click.echo(f"{plain(model)}: {plain(figures['architecture'])}")
+    click.echo(f"{plain(model or EMBEDDED_NAME)}: {plain(figures['architecture'])}")
     click.echo(
         f"{layers['all']} layers ({layers['global']} global, {layers['local']} local within "
         f"{config.sliding_window} tokens to each side), hidden {config.hidden_size}, "
@@ -341,20 +350,20 @@ def info(model: str, revision: str | None, local_files_only: bool, as_json: bool
         click.echo(f"  and {extra:.1f} for each token that is predicted")
 
 
-def _config(model: str, **where: Any) -> "ModernBertConfig":
-    """The config of an official name, a config.json, a folder or a Hub id."""
+def _config(model: str | None, **where: Any) -> "ModernBertConfig":
+    """The config of an official name, a config.json, a folder or a Hub id; None is what ships."""
     from modernbert.config import ModernBertConfig
     from modernbert.weights import OFFICIAL, open_folder
 
     if model in OFFICIAL and where["revision"] is None and not Path(model).exists():
         sizes = {**OFFICIAL[model], "architectures": ["ModernBertForMaskedLM"]}
         return ModernBertConfig.from_dict(sizes, source=model)
-    path = Path(model)
-    name = path.name if path.is_file() else "config.json"
-    folder = open_folder(path.parent if path.is_file() else model, **where)
+    file = Path(model) if model is not None and Path(model).is_file() else None
+    name = file.name if file else "config.json"
+    folder = open_folder(file.parent if file else model, **where)
     raw = folder.read_json(name)
     if not isinstance(raw, dict):
-        raise ValueError(f"{model} holds no {name} with a model's config")
+        raise ValueError(f"{folder.name} holds no {name} with a model's config")
     return ModernBertConfig.from_dict(raw, source=str(folder.folder / name))
 
 
@@ -371,9 +380,10 @@ def doctor(ctx: click.Context) -> None:
     for what, how in doctor.machine():
         click.echo(f"{what:16} {plain(how)}")
     click.echo("\nattention backends")
-    for status in kernels.available_backends():
-        usable = "usable" if status.usable else "not usable"
-        click.echo(f"  {status.name:12} {usable}: {plain(status.reason)}")
+    for device in doctor.devices():
+        for status in kernels.available_backends(device):
+            usable = "usable" if status.usable else "not usable"
+            click.echo(f"  {device!s:6} {status.name:12} {usable}: {plain(status.reason)}")
     click.echo("\nlargest error against float64, and what it may be")
     failed = 0
     for check in doctor.self_check():
@@ -420,12 +430,15 @@ def convert(
 
 
 @main.command()
-def demo() -> None:
-    """Embed three sentences, without any network.
+@click.argument("file", required=False)
+@option("--query", "queries", multiple=True, metavar="TEXT", help="What to search for.")
+def demo(file: str | None, queries: tuple[str, ...]) -> None:
+    """Search and fill masks with the model that ships, without any network.
 
-    Until a trained checkpoint ships, with a tiny model that is made on the spot.
+    The lines of FILE are searched (- is standard input), or some sentences that ship. Without
+    --query, for what fits them: for lines of FILE itself, or for a few built-in queries.
     """
     from modernbert.demo import run
 
-    for line in run():
+    for line in run(file, queries):
         click.echo(line)

@@ -1,102 +1,77 @@
-"""`modernbert demo`: the main job from end to end, with nothing but what is installed.
+"""`modernbert demo`: semantic search and fill-mask with the model that ships, without a network."""
 
-A tokenizer is trained on the sentences below, a model gets random weights, both are saved in the
-layout of the official checkpoints, loaded like any other, and used.
-"""
-
-import tempfile
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tokenizers
-import torch
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
-
-from modernbert.config import ModernBertConfig
-from modernbert.console import similarity_table
-from modernbert.model import ModernBertModel
+from modernbert.console import plain
+from modernbert.heads import ModernBertForMaskedLM
+from modernbert.predict import fill_mask
 from modernbert.sentence import SentenceEncoder
-from modernbert.tokenizer import Tokenizer
+from modernbert.streaming import EncodeReport
+from modernbert.tables import read_table
+from modernbert.weights import EMBEDDED_NAME
 
-SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
-TRAINING_TEXT = [
-    *SENTENCES,
-    "The sun was out all day, and the children played in the garden until it was dark.",
-    "It rained in the morning, but the afternoon was warm and the sky was clear.",
-    "She took the bus to the station because her car would not start.",
-    "They drove along the coast to see the match at the new stadium.",
-    "We walked outside for an hour and talked about what the weather would be like.",
-    "The train was late, so he read the newspaper and drank a cup of coffee.",
-    "A good book, a quiet room and a little time are all that one needs.",
-    "How long does it take to learn a language if you speak it every day?",
-    "The team won the game in the last minute, and the whole town was happy.",
-]
-SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
-
-
-def run() -> Iterator[str]:
-    """The lines that the demo prints."""
-    yield "No trained checkpoint ships yet: this model has RANDOM weights, its scores mean nothing."
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "demo-model"
-        build_checkpoint(folder)
-        encoder = SentenceEncoder.from_pretrained(folder)
-        vectors = encoder.encode(SENTENCES)
-        count = sum(parameter.numel() for parameter in encoder.parameters())
-        yield (
-            f"Saved and loaded in the official layout: {len(list(folder.rglob('*.*')))} files, "
-            f"{count:,} parameters, vocabulary {encoder.tokenizer.vocab_size:,}."
-        )
-        yield f"{len(vectors)} sentences -> vectors of {vectors.shape[1]} dimensions. Similarity:"
-        yield ""
-        yield from similarity_table(SENTENCES, encoder.similarity(vectors, vectors).tolist())
+SENTENCES = Path(__file__).with_name("demo_sentences.txt")
+# The sentence that answers each shares no content word with it.
+QUERIES = (
+    "how do animals survive the winter?",
+    "I cannot pay back my home loan",
+    "a long trip through Russia",
+    "puppies must go outside in bad weather",
+)
+MASKED = (
+    "He studied at the [MASK] of Oxford.",
+    "The film was released in the United [MASK].",
+)
+TOP = 3
 
 
-def build_checkpoint(folder: Path) -> None:
-    """Write a small sentence encoder with random weights, always the same ones."""
-    tokenizer = train_tokenizer(TRAINING_TEXT)
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
-    config = ModernBertConfig(
-        vocab_size=-(-tokenizer.get_vocab_size() // 64) * 64,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        initializer_range=0.1,
-        classifier_pooling="mean",
-        max_position_embeddings=8192,
-        bos_token_id=ids["[CLS]"],
-        cls_token_id=ids["[CLS]"],
-        eos_token_id=ids["[SEP]"],
-        sep_token_id=ids["[SEP]"],
-        pad_token_id=ids["[PAD]"],
+def run(file: str | None = None, queries: Sequence[str] = ()) -> Iterator[str]:
+    """The lines that the demo prints.
+
+    Searches the lines of `file` ("-" is standard input), or the sentences that ship. Without
+    `queries` those are `QUERIES`, or some lines of `file`, which find others. Raises `ValueError`
+    for a file without text, and `CheckpointError` when the model is not installed.
+    """
+    start = time.perf_counter()
+    texts = read_texts(file or str(SENTENCES))
+    if not queries:
+        queries = QUERIES if file is None else texts[:: -(-len(texts) // TOP)]
+    encoder = SentenceEncoder.from_pretrained()
+    yield (
+        f"{EMBEDDED_NAME}: {encoder.model.num_parameters():,} parameters, on {encoder.device}, "
+        f"loaded in {time.perf_counter() - start:.1f} s"
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = ModernBertModel(config).eval()
-    ours = Tokenizer(tokenizer.to_str().encode(), settings={"model_max_length": 8192})
-    SentenceEncoder(model, ours).save_pretrained(folder)
+
+    begin, report = time.perf_counter(), EncodeReport()
+    watched = file is not None and sys.stderr.isatty()
+    vectors = encoder.encode(texts, report=report, show_progress_bar=watched)
+    seconds = time.perf_counter() - begin
+    yield (
+        f"{len(texts):,} texts -> vectors of {vectors.shape[1]} dimensions in {seconds:.2f} s "
+        f"({report.tokens / seconds:,.0f} tokens/s)"
+    )
+    scores = encoder.similarity(encoder.encode(queries), vectors)  # (queries, texts)
+    for query, row in zip(queries, scores, strict=True):
+        yield f"\n{plain(query)}"
+        best = row.topk(min(TOP + 1, len(texts))).indices.tolist()
+        for i in [i for i in best if texts[i] != query][:TOP]:
+            yield f"  {row[i]:6.3f}  {plain(texts[i])}"
+
+    model = ModernBertForMaskedLM.from_pretrained(device=encoder.device)
+    for text, masks in zip(MASKED, fill_mask(model, encoder.tokenizer, MASKED), strict=True):
+        yield f"\n{text}"
+        for guess in masks[0][:TOP]:
+            yield f"  {guess['probability']:6.3f}  {plain(guess['token'])}"
+    yield f"\n{time.perf_counter() - start:.1f} s in all"
 
 
-def train_tokenizer(texts: list[str], vocab_size: int = 512) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer with the pipeline and special tokens of ModernBERT."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(t, lstrip=t == "[MASK]", special=True) for t in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    cls, sep = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
-    tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", cls), ("[SEP]", sep)],
-    )
-    return tokenizer
+def read_texts(path: str) -> list[str]:
+    """The lines of a text file, without those that are empty or came before."""
+    blocks = read_table(path, format="txt")
+    texts = list(dict.fromkeys(text for block in blocks for text in block.texts if text.strip()))
+    if not texts:
+        raise ValueError(f"there is no text in {path}")
+    return texts

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from modernbert.config import ModernBertConfig
+from modernbert.int8 import is_quantized
 from modernbert.kernels import BACKENDS, computes_natively
 from modernbert.weights import (
+    EMBEDDED_NAME,
     Checkpoint,
     CheckpointError,
     ModelFolder,
@@ -88,7 +90,7 @@ class PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | Path | None = None,
         *,
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
@@ -103,7 +105,7 @@ class PreTrainedModel(nn.Module):
 
         Args:
             name_or_path: "answerdotai/ModernBERT-base", or a folder with `config.json` and
-                safetensors.
+                safetensors; by default modernbert-mini, which ships with the package.
             revision: branch, tag or commit of the Hub repository.
             dtype: of the weights; by default the stored one where the device computes in it
                 natively, else float32.
@@ -226,7 +228,12 @@ class PreTrainedModel(nn.Module):
                 )
 
     def tensors_to_save(self) -> dict[str, Tensor]:
-        """Every parameter by its name in the checkpoint, shared ones once."""
+        """Every parameter by its name in the checkpoint, shared ones once.
+
+        Raises `ValueError` for a model with int8 layers, which have given up their weights.
+        """
+        if is_quantized(self):
+            raise ValueError("an int8 model cannot be saved: save the one that it was made from")
         return {name: p.detach() for name, p in self.named_parameters()}
 
     def files_to_save(self) -> dict[str, bytes]:
@@ -366,7 +373,10 @@ def choose_dtype(
     stored = torch.float32 if info is None else info.dtype
     if computes_natively(stored, device):
         return stored
-    logger.warning(
+    # What ships is in half precision to be small: nothing that its user could change.
+    level = logging.INFO if checkpoint.name == EMBEDDED_NAME else logging.WARNING
+    logger.log(
+        level,
         "%s is stored in %s, which this %s only emulates: loading it in float32 "
         "(pass dtype= to choose)",
         checkpoint.name,

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.encode_options import EncodeOptions
+from modernbert.int8 import quantize_linears
 from modernbert.model import ModernBertModel
 from modernbert.packing import PackedBatch, pack
 from modernbert.pooling import Dense, Pooling
@@ -100,6 +100,7 @@ class SentenceEncoder(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         attention: str = "auto",
+        quantize: str | None = None,
         truncate_dim: int | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
@@ -107,17 +108,19 @@ class SentenceEncoder(nn.Module):
     ) -> "SentenceEncoder":
         """Load a sentence-transformers model, in either layout, or a plain model folder.
 
-        A plain folder is pooled as its config says (`classifier_pooling`). Without a name, the
-        checkpoint that ships with the package. `truncate_dim` keeps the leading dimensions of a
-        Matryoshka model; `device` is the GPU if there is one; the other arguments are those of
-        `ModernBertModel.from_pretrained`.
+        Without a name, modernbert-mini, which ships with the package and needs no network. A plain
+        folder is pooled as its config says (`classifier_pooling`). `truncate_dim` keeps the leading
+        dimensions of a Matryoshka model; `device` is the GPU if there is one; the other arguments
+        are those of `ModernBertModel.from_pretrained`.
 
         Raises `CheckpointError` (a `ValueError`) for a folder that cannot be loaded exactly.
         """
-        name = _embedded() if name_or_path is None else name_or_path
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize={quantize!r}; give 'int8' or None")
         at: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         at |= {"token": token, "cache_dir": cache_dir}
-        folder = open_folder(name, **at)
+        folder = open_folder(name_or_path, **at)
+        name = folder.name
         modules = read_modules_json(folder)
         transformer = modules[0][1] if modules else ""
         if transformer:
@@ -128,10 +131,16 @@ class SentenceEncoder(nn.Module):
                 )
             checkpoint = Checkpoint(f"{name}/{transformer}", folder.folder / transformer)
         else:
-            folder = checkpoint = open_checkpoint(name, **at)
+            folder = checkpoint = open_checkpoint(name_or_path, **at)
+        if device is None:
+            device = "cpu" if quantize else best_device()
+        if quantize and dtype is None:
+            dtype = torch.float32
         model = ModernBertModel.from_checkpoint(
-            checkpoint, dtype=dtype, device=device or best_device(), attention=attention
+            checkpoint, dtype=dtype, device=device, attention=attention
         )
+        if quantize:
+            quantize_linears(model)
         width, pooled = model.config.hidden_size, model.config.classifier_pooling
         if modules:
             pooling, after = read_pooling(folder, modules, width)
@@ -559,14 +568,3 @@ def _check_finite(values: Tensor) -> None:
             "its vector contains NaN or infinity; float16 overflows in some models, "
             "load this one with dtype='float32' or 'bfloat16'"
         )
-
-
-def _embedded() -> str:
-    """The folder of the checkpoint that ships with the package."""
-    folder = files("modernbert.weights") / "embedded"
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            "no checkpoint ships with this version yet: give a Hub id or a folder, such as "
-            "SentenceEncoder.from_pretrained('nomic-ai/modernbert-embed-base')"
-        )
-    return str(folder)

@@ -115,14 +115,17 @@ class Tokenizer:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | os.PathLike[str],
+        name_or_path: str | os.PathLike[str] | None = None,
         *,
         revision: str | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> "Tokenizer":
-        """The tokenizer of a Hub repository or local folder; no weights are downloaded."""
+        """The tokenizer of a Hub repository or local folder; no weights are downloaded.
+
+        Without a name, that of modernbert-mini, which ships with the package.
+        """
         from modernbert.weights import open_folder
 
         return cls.from_checkpoint(

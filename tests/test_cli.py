@@ -16,13 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 from click.testing import CliRunner, Result
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 
-from modernbert import ModernBertConfig, SentenceEncoder, Tokenizer, demo, kernels
+from modernbert import ModernBertConfig, ModernBertModel, SentenceEncoder, Tokenizer, demo, kernels
 from modernbert.cli import main
 from modernbert.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.streaming import EncodeReport
+from modernbert.weights.folder import EMBEDDED
 
 TEXTS = ["The weather is lovely today.", "", "He drove to the stadium, twice.", "naïve café ☀"]
 
@@ -36,11 +41,48 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """A small tokenizer with the pipeline and the special tokens of ModernBERT."""
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=512,
+        special_tokens=[AddedToken(t, lstrip=t == "[MASK]", special=True) for t in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, special.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return Tokenizer(backend.to_str().encode(), settings={"model_max_length": 8192})
+
+
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "encoder"
-    demo.build_checkpoint(folder)
-    encoder = SentenceEncoder.from_pretrained(folder)
+    tokenizer = train_tokenizer([*demo.SENTENCES.read_text().splitlines(), *["good", "bad"] * 50])
+    config = ModernBertConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        initializer_range=0.1,
+        classifier_pooling="mean",
+        bos_token_id=tokenizer.cls_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    encoder = SentenceEncoder(ModernBertModel(config).eval(), tokenizer)
     encoder.prompts = {"query": "search: ", "document": ""}
     encoder.max_seq_length = 100
     encoder.save_pretrained(folder)
@@ -674,7 +716,117 @@ def test_convert_translates_flexbert(tmp_path: Path, masked_folder: str) -> None
         torch.testing.assert_close(converted, model(ids).logits, rtol=0, atol=0)
 
 
-def test_demo_runs_offline_in_an_empty_home(tmp_path: Path) -> None:
+@pytest.fixture
+def embedded(masked_folder: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small random model in the place of the one that ships."""
+    folder = Path(masked_folder)
+    monkeypatch.setattr("modernbert.weights.folder.EMBEDDED", folder)
+    return folder
+
+
+def test_commands_without_a_model_use_the_one_that_ships(tmp_path: Path, embedded: Path) -> None:
+    write_input(tmp_path / "in.jsonl")
+    run("embed", tmp_path / "in.jsonl", "-o", tmp_path / "out.parquet")
+    metadata = pq.read_schema(tmp_path / "out.parquet").metadata
+    assert b"modernbert-mini" in metadata.values()
+    for args, named in (
+        (("similarity", "a", "b"), ("--model", embedded)),
+        (("fill-mask", "a [MASK]"), ("--model", embedded)),
+        (("info", "--json"), (embedded,)),
+    ):
+        assert run(*args).stdout == run(*args, *named).stdout
+    assert run("info").stdout.startswith("modernbert-mini: ModernBertForMaskedLM\n")
+    line = error_of("classify", "a")
+    assert "modernbert-mini is ModernBertForMaskedLM, not a classifier of texts" in line
+
+
+def test_commands_without_a_model_say_what_to_do_when_none_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modernbert.weights.folder.EMBEDDED", tmp_path)
+    for args in (("similarity", "a"), ("fill-mask", "a"), ("classify", "a"), ("info",), ("demo",)):
+        assert "reinstall the package, or give a Hub id or a folder" in error_of(*args)
+
+
+def test_demo_sentences() -> None:
+    """240 different lines of plain text; none gives an answer away by a word of the query."""
+    sentences = demo.SENTENCES.read_text("ascii").splitlines()
+    assert len(set(sentences)) == len(sentences) == 240
+    for sentence in sentences:
+        assert 8 <= len(sentence.split()) <= 20 and sentence.endswith("."), sentence
+    assert set(ANSWERS) == set(demo.QUERIES)
+    for query, answers in ANSWERS.items():
+        for answer in answers:
+            assert answer in sentences
+            assert words(query) & words(answer) <= {"a"}
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+ANSWERS = {
+    "how do animals survive the winter?": [
+        "Brown bears live off stored fat for months while they doze in their dens.",
+        "Hedgehogs curl up under dry leaves in November and sleep until spring.",
+    ],
+    "I cannot pay back my home loan": [
+        "The bank can take the house if the mortgage is not repaid."
+    ],
+    "a long trip through Russia": [
+        "The Trans-Siberian Railway takes about a week from Moscow to Vladivostok."
+    ],
+    "puppies must go outside in bad weather": ["Dogs need a walk even when it pours with rain."],
+}
+
+
+def blocks_of(output: str) -> dict[str, list[tuple[float, str]]]:
+    """The results of a demo, by query and by masked text."""
+    blocks = {}
+    for block in output.split("\n\n")[1:-1]:
+        title, *lines = block.splitlines()
+        blocks[title] = [(float(line[:8]), line[10:]) for line in lines]
+    return blocks
+
+
+def test_demo_searches_a_file(tmp_path: Path, embedded: Path) -> None:
+    """Every line once, blank ones not at all; the scores are those of the encoder."""
+    lines = [*TEXTS, TEXTS[0], "\x1b[31mred", "  ", "the end"]
+    (tmp_path / "notes").write_text("\n".join(lines), "utf-8")
+    output = run("demo", tmp_path / "notes", "--query", "weather", "--query", TEXTS[0]).stdout
+    assert output.startswith("modernbert-mini: ")
+    assert "5 texts -> vectors of 128 dimensions" in output and " s in all\n" in output
+    assert "\x1b" not in output
+    blocks = blocks_of(output)
+    assert list(blocks) == ["weather", TEXTS[0], *demo.MASKED]
+    encoder = SentenceEncoder.from_pretrained(embedded)
+    texts = [*(text for text in TEXTS if text), "\x1b[31mred", "the end"]
+    for query in ("weather", TEXTS[0]):
+        vectors = encoder.encode([query]), encoder.encode(texts)
+        scores = encoder.similarity(*vectors)[0].tolist()
+        pairs = zip(scores, texts, strict=True)
+        best = sorted((p for p in pairs if p[1] != query), reverse=True)[:3]
+        assert [text for _, text in blocks[query]] == [text.lstrip("\x1b") for _, text in best]
+        shown = [score for score, _ in blocks[query]]
+        np.testing.assert_allclose(shown, [score for score, _ in best], atol=5.1e-4)
+
+
+def test_demo_without_queries(embedded: Path) -> None:
+    """Built-in queries for the built-in sentences, lines of a file for the others."""
+    blocks = blocks_of(run("demo").stdout)
+    assert list(blocks) == [*demo.QUERIES, *demo.MASKED]
+    assert {len(found) for found in blocks.values()} == {3}
+    blocks = blocks_of(run("demo", "-", input="a\n\nb\nc\nd\n").stdout)
+    assert list(blocks) == ["a", "c", *demo.MASKED]
+    assert {text for _, text in blocks["c"]} == {"a", "b", "d"}
+    assert "there is no text in -" in error_of("demo", "-", input="\n \n")
+    assert "no-such-file: No such file" in error_of("demo", "no-such-file")
+
+
+@pytest.mark.skipif(
+    not (EMBEDDED / "config.json").is_file(), reason="modernbert-mini is not in weights/embedded"
+)
+def test_demo_answers_offline_in_an_empty_home(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("modernbert")
     environment = {
         "HOME": str(tmp_path),
@@ -683,17 +835,17 @@ def test_demo_runs_offline_in_an_empty_home(tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "https_proxy": "http://localhost:1",
     }
+    before = os.times()
     result = subprocess.run(
         [command, "demo"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert "RANDOM weights" in lines[0] and result.stderr == ""
-    table = np.array([[float(number) for number in line.split()[-3:]] for line in lines[-3:]])
-    np.testing.assert_allclose(np.diag(table), 1, atol=1e-4)
-    np.testing.assert_array_equal(table, table.T)
-    assert (np.abs(table - np.eye(3)) < 0.99).all()
-    assert [line[3:32].rstrip() for line in lines[-3:]] == demo.SENTENCES
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    # Of the processor, not of a clock that runs while others compute.
+    assert os.times().children_user - before.children_user < 20
+    blocks = blocks_of(result.stdout)
+    for query, answers in ANSWERS.items():
+        score, best = blocks[query][0]
+        assert best in answers and score > 0.3
     assert os.listdir(tmp_path) == []
 
 

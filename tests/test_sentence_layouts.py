@@ -429,16 +429,6 @@ def test_nan_in_dense_weights_is_refused(dense_folder: Path) -> None:
         SentenceEncoder.from_pretrained(dense_folder)
 
 
-def test_without_a_name_it_says_what_to_do() -> None:
-    from importlib.resources import files
-
-    if (files("modernbert.weights") / "embedded" / "config.json").is_file():
-        assert SentenceEncoder.from_pretrained().encode("x").ndim == 1
-    else:
-        with pytest.raises(ValueError, match="Hub id or a folder"):
-            SentenceEncoder.from_pretrained()
-
-
 # -- the Hub -------------------------------------------------------------------------------------
 
 

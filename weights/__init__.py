@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, TensorInfo, open_checkpoint
     from .convert import convert_pickle
-    from .folder import CheckpointError, ModelFolder, open_folder
+    from .folder import (
+        EMBEDDED_NAME,
+        CheckpointError,
+        ModelFolder,
+        embedded_folder,
+        open_folder,
+    )
     from .manifest import OFFICIAL, expected_tensors, parameters_of
     from .push import push_folder
     from .remap import FLEXBERT_CONFIG, canonical_name
     from .save import save_folder
 
 _HOME = {
+    "EMBEDDED_NAME": "folder",
     "CheckpointError": "folder",
     "ModelFolder": "folder",
+    "embedded_folder": "folder",
     "open_folder": "folder",
     "Checkpoint": "checkpoint",
     "TensorInfo": "checkpoint",
@@ -33,6 +41,7 @@ _HOME = {
 }
 
 __all__ = [
+    "EMBEDDED_NAME",
     "OFFICIAL",
     "FLEXBERT_CONFIG",
     "Checkpoint",
@@ -41,6 +50,7 @@ __all__ = [
     "TensorInfo",
     "canonical_name",
     "convert_pickle",
+    "embedded_folder",
     "expected_tensors",
     "open_checkpoint",
     "open_folder",

@@ -15,6 +15,7 @@ from .folder import (
     CheckpointError,
     ModelFolder,
     locate,
+    name_of,
     parse_json,
     quoted,
 )
@@ -235,7 +236,7 @@ class Checkpoint(ModelFolder):
 
 
 def open_checkpoint(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -244,8 +245,9 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a Hub repository or local folder; only headers are read, no tensor takes memory.
 
-    `revision` is a branch, tag or commit, for Hub ids only. Without network the Hub's cache is
-    used, as `local_files_only` (or HF_HUB_OFFLINE=1) demands from the start.
+    Without a name, the checkpoint that ships with the package. `revision` is a branch, tag or
+    commit, for Hub ids only. Without network the Hub's cache is used, as `local_files_only` (or
+    HF_HUB_OFFLINE=1) demands from the start.
 
     Raises `CheckpointError` for a folder that cannot be trusted or is incomplete, and the
     exceptions of `huggingface_hub` for what the Hub refuses.
@@ -258,7 +260,7 @@ def open_checkpoint(
         token=token,
         cache_dir=cache_dir,
     )
-    return Checkpoint(os.fspath(name), folder)
+    return Checkpoint(name_of(name), folder)
 
 
 def _is_plain_name(name: str) -> bool:

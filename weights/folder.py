@@ -7,6 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
+EMBEDDED = Path(__file__).with_name("embedded")
+EMBEDDED_NAME = "modernbert-mini"
+
 MAX_JSON_BYTES = 2 * 2**20  # a config or index has some kilobytes, 30,000 labels have 2 MB
 MAX_JSON_DEPTH = 64
 MAX_FILE_BYTES = 64 * 2**20  # the largest tokenizer.json in use (mmBERT) has 34 MB
@@ -171,8 +174,27 @@ def _is_commit(text: str) -> bool:
     return len(text) == 40 and all(digit in "0123456789abcdef" for digit in text)
 
 
+def embedded_folder() -> Path:
+    """The folder of modernbert-mini, the checkpoint that ships with the package.
+
+    Raises `CheckpointError` when it is not installed.
+    """
+    if not (EMBEDDED / "config.json").is_file():
+        raise CheckpointError(
+            f"{EMBEDDED} holds no config.json: {EMBEDDED_NAME}, the checkpoint that ships with the "
+            "package, is not installed; reinstall the package, or give a Hub id or a folder, such "
+            "as 'nomic-ai/modernbert-embed-base'"
+        )
+    return EMBEDDED
+
+
+def name_of(name: str | os.PathLike[str] | None) -> str:
+    """What to call the model that `locate` finds."""
+    return EMBEDDED_NAME if name is None else os.fspath(name)
+
+
 def open_folder(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -181,7 +203,7 @@ def open_folder(
 ) -> ModelFolder:
     """The JSON and text files of a Hub repository or local folder; no weights are downloaded.
 
-    Errors are those of `locate`.
+    Without a name, of the checkpoint that ships with the package. Errors are those of `locate`.
     """
     folder = locate(
         name,
@@ -191,11 +213,11 @@ def open_folder(
         token=token,
         cache_dir=cache_dir,
     )
-    return ModelFolder(os.fspath(name), folder)
+    return ModelFolder(name_of(name), folder)
 
 
 def locate(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | None,
     patterns: list[str],
     *,
     revision: str | None,
@@ -205,10 +227,10 @@ def locate(
 ) -> Path:
     """The local folder called `name`, or the cached snapshot of the Hub repository `name`.
 
-    Raises `CheckpointError` for a path that is no folder. Exceptions of `huggingface_hub` keep
-    their class and gain one sentence that says what to do.
+    None is the embedded folder. Raises `CheckpointError` for a path that is no folder. Exceptions
+    of `huggingface_hub` keep their class and gain one sentence that says what to do.
     """
-    text = os.fspath(name)
+    text = os.fspath(embedded_folder() if name is None else name)
     path = Path(text).expanduser()
     if text and path.is_dir():
         if revision is not None:
