@@ -116,9 +116,7 @@ def main(documents: str, small: str, steps: int, plot: Path | None) -> None:
     }
     starts = {"random": "", "tiled": f'tile = "{small}"'}
     with tempfile.TemporaryDirectory() as folder:
-        curves = {
-            name: curve(Path(folder) / name, start, values) for name, start in starts.items()
-        }
+        curves = {name: curve(Path(folder) / name, start, values) for name, start in starts.items()}
     if plot:
         draw(curves, plot)
     print(f"{'step':>5} {'random':>8} {'tiled':>8}")

@@ -16,12 +16,15 @@ _HOMES = {
     "ModernBertForSequenceClassification": "heads",
     "ModernBertForTokenClassification": "heads",
     "SentenceEncoder": "sentence",
+    "StaticModel": "static",
     "Tokenizer": "tokenizer",
+    "distill": "distillation",
 }
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
     from modernbert.config import ModernBertConfig as ModernBertConfig
+    from modernbert.distillation import distill as distill
     from modernbert.heads import ModernBertForMaskedLM as ModernBertForMaskedLM
     from modernbert.heads import ModernBertForMultipleChoice as ModernBertForMultipleChoice
     from modernbert.heads import ModernBertForQuestionAnswering as ModernBertForQuestionAnswering
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from modernbert.packing import PackedBatch as PackedBatch
     from modernbert.packing import pack as pack
     from modernbert.sentence import SentenceEncoder as SentenceEncoder
+    from modernbert.static import StaticModel as StaticModel
     from modernbert.tokenizer import Tokenizer as Tokenizer
 
 

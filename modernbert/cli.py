@@ -11,6 +11,7 @@ import click
 
 from modernbert.benchmark.command import bench
 from modernbert.console import Command, OneLineErrors, option, plain, similarity_table
+from modernbert.distillation.command import distill
 from modernbert.evaluation.command import evaluate
 from modernbert.training.command import train
 
@@ -94,6 +95,7 @@ def main(debug: bool) -> None:
 
 
 main.add_command(bench)
+main.add_command(distill)
 main.add_command(evaluate)
 main.add_command(train)
 

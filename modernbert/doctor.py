@@ -71,6 +71,8 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "cpu flags", ", ".join(_cpu_flags()) or "unknown"
     yield "cpu dtypes", _native(torch.device("cpu"))
     yield from _accelerators()
+    if name := os.environ.get("MODERNBERT_PRETEND"):
+        yield "taken for", f"{name} (MODERNBERT_PRETEND)"
     for package in PACKAGES:
         yield package, _version(package)
 
@@ -99,7 +101,7 @@ def self_check() -> Iterator[Check]:
 def _check_device(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     exact = _results("reference", torch.device("cpu"), dtype, torch.float64)
     plain = _results("reference", device, dtype, dtype)
-    for status in kernels.available_backends():
+    for status in kernels.available_backends(device, dtype):
         if not status.usable:
             continue
         where = status.name, str(device), str(dtype).removeprefix("torch.")

@@ -192,15 +192,36 @@ class ClassifierModel(HeadModel):
         """(..., D) to (..., num_outputs)."""
         return self.classifier(self.drop(self.head(x)))
 
-    def pool(self, batch: PackedBatch, x: Tensor) -> Tensor:
-        """One row per sequence, (T, D) to (B, D), by `config.classifier_pooling`."""
+    def pooled(
+        self, inputs: tuple[Any, ...], output_hidden_states: bool, output_attentions: bool
+    ) -> tuple[Tensor, ModernBertOutput]:
+        """One row per sequence, (B, D), by `config.classifier_pooling`, and the other outputs.
+
+        For "cls" the last layer computes nothing else, unless its states are asked for.
+        """
+        batch = as_packed(*inputs, config=self.config)
         if 0 in batch.lengths:
             raise ValueError(
                 f"row {batch.lengths.index(0)} of the batch has no token: nothing to pool"
             )
-        if self.config.classifier_pooling == "cls":
-            return x[batch.cu_seqlens[:-1].long()]
-        return kernels.mean_pool(x, batch.cu_seqlens, batch.query_only)
+        cls = self.config.classifier_pooling == "cls"
+        first_only = cls and not output_hidden_states and not output_attentions
+        if self.training and self.config.attention_dropout:
+            first_only = False  # that path drops no attention weights
+        output = self.model(
+            batch,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            first_only=first_only,
+        )
+        x = output.last_hidden_state
+        if first_only:
+            return x, output
+        if cls:
+            x = x[batch.cu_seqlens[:-1].long()]
+        else:
+            x = kernels.mean_pool(x, batch.cu_seqlens, batch.query_only)
+        return x, output if isinstance(inputs[0], PackedBatch) else unpack_output(batch, output)
 
 
 class ModernBertForSequenceClassification(ClassifierModel):
@@ -225,11 +246,9 @@ class ModernBertForSequenceClassification(ClassifierModel):
         regression, integer labels classes, floats several labels.
         """
         inputs = (input_ids, attention_mask, position_ids, inputs_embeds, query_only)
-        batch, output, packed = self.encode(inputs, output_hidden_states, output_attentions)
-        logits = self.classify(self.pool(batch, output.last_hidden_state))
+        x, output = self.pooled(inputs, output_hidden_states, output_attentions)
+        logits = self.classify(x)
         loss = None if labels is None else self.loss(logits, labels)
-        if not packed:
-            output = unpack_output(batch, output)
         return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -354,10 +373,9 @@ class ModernBertForMultipleChoice(ClassifierModel):
         choices = source.shape[1]
         given = (input_ids, attention_mask, position_ids, inputs_embeds, query_only)
         flat = tuple(None if x is None else x.flatten(0, 1) for x in given)
-        batch, output, _ = self.encode(flat, output_hidden_states, output_attentions)
-        logits = self.classify(self.pool(batch, output.last_hidden_state)).view(-1, choices)
+        x, output = self.pooled(flat, output_hidden_states, output_attentions)
+        logits = self.classify(x).view(-1, choices)
         loss = None if labels is None else F.cross_entropy(_wide(logits), labels)
-        output = unpack_output(batch, output)
         return MultipleChoiceOutput(loss, logits, output.hidden_states, output.attentions)
 
     @staticmethod

@@ -42,6 +42,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
+    def after(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta and its norm, in one pass where there is a kernel for it."""
+        return kernels.add_layer_norm(x, delta, self.weight, self.bias, self.eps)
+
 
 def norm(config: ModernBertConfig) -> LayerNorm:
     return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
@@ -88,10 +92,14 @@ class Embeddings(nn.Module):
         self.drop = nn.Dropout(config.embedding_dropout)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        x = batch.inputs_embeds
-        if x is None:
-            x = self.tok_embeddings(batch.input_ids)
-        return self.drop(self.norm(x))  # (T, D)
+        norm, table = self.norm, self.tok_embeddings
+        if batch.input_ids is None:
+            assert batch.inputs_embeds is not None
+            return self.drop(norm(batch.inputs_embeds))
+        x = kernels.embed_norm(
+            batch.input_ids, table.weight, norm.weight, norm.bias, norm.eps, table.padding_idx
+        )
+        return self.drop(x)  # (T, D)
 
 
 class Attention(nn.Module):
@@ -106,12 +114,18 @@ class Attention(nn.Module):
         self.out_drop = nn.Dropout(config.attention_dropout)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, plan: AttentionPlan
+        self, x: Tensor, rotation: Rotation, plan: AttentionPlan, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, list[Tensor] | None]:
+        """(T, D) to (T, D); with `cu_seqlens` to (B, D), for the first token of each sequence."""
         qkv = rearrange(self.Wqkv(x), "t (three h d) -> t three h d", three=3, h=self.num_heads)
-        q, k = kernels.rope(qkv[:, :2], *rotation).unbind(1)  # (T, H, d) each
         dropout = self.dropout if self.training else 0.0
-        out, maps = kernels.attention(q, k, qkv[:, 2], plan, local=self.local, dropout=dropout)
+        maps = None
+        if cu_seqlens is None:
+            out, maps = kernels.rotary_attention(
+                qkv, rotation, plan, local=self.local, dropout=dropout
+            )  # (T, H, d)
+        else:
+            out = kernels.first_token_attention(qkv, rotation, plan, cu_seqlens, local=self.local)
         return self.out_drop(self.Wo(out.flatten(1))), maps
 
 
@@ -137,11 +151,27 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, plan: AttentionPlan
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        attended, maps = self.attn(self.attn_norm(x), rotation, plan)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), maps
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rotation: Rotation,
+        plan: AttentionPlan,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+        """The stream is x + delta: adding is left to the norm that comes after it.
+
+        With `cu_seqlens`, what comes out is that of the first token of each sequence, (B, D).
+        """
+        if delta is None:
+            y = self.attn_norm(x)
+        else:
+            assert isinstance(self.attn_norm, LayerNorm)
+            x, y = self.attn_norm.after(x, delta)
+        attended, maps = self.attn(y, rotation, plan, cu_seqlens)
+        if cu_seqlens is not None:
+            x = x[cu_seqlens[:-1].long()]
+        x, y = self.mlp_norm.after(x, attended)
+        return x, self.mlp(y), maps
 
 
 class ModernBertModel(PreTrainedModel):
@@ -196,6 +226,7 @@ class ModernBertModel(PreTrainedModel):
         query_only: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        first_only: bool = False,
     ) -> ModernBertOutput:
         """Encode a padded batch, or one that is already packed.
 
@@ -207,6 +238,8 @@ class ModernBertModel(PreTrainedModel):
             query_only: (B, L) bool, tokens that attend but are attended to by none.
             output_hidden_states: return the output of every layer.
             output_attentions: return the attention weights; needs `attention="reference"`.
+            first_only: last_hidden_state is that of each sequence's first token, (B, D); the last
+                layer computes no other. Not together with hidden states or attentions.
 
         Raises `ValueError` for a mask with holes, ids outside the vocabulary, wrong shapes.
         """
@@ -216,6 +249,11 @@ class ModernBertModel(PreTrainedModel):
             raise ValueError(
                 "attention weights exist in the reference backend only: load the model with "
                 f'attention="reference" (this one has {self.attention!r})'
+            )
+        if first_only and (output_hidden_states or output_attentions or 0 in batch.lengths):
+            raise ValueError(
+                "first_only gives one state per sequence: no hidden states, no attentions, and no "
+                "empty sequence"
             )
         x = self.embeddings(batch)
         kinds = set(self.config.layer_types)
@@ -227,26 +265,36 @@ class ModernBertModel(PreTrainedModel):
             query_only=batch.query_only,
             dtype=compute_dtype(x),
             backend=self.attention,
+            head_size=self.config.head_dim,
+            dropout=self.config.attention_dropout if self.training else 0.0,
         )
         rotations = {kind: self.rotary[kind](batch.positions, batch.max_position) for kind in kinds}
         states, maps = [x], []
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+        delta = None
+        last = len(self.layers) - 1
+        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+            firsts = batch.cu_seqlens if first_only and i == last else None
             if self.gradient_checkpointing and self.training:
-                x, weights = checkpoint(layer, x, rotations[kind], plan, use_reentrant=False)
+                x = x if delta is None else x + delta  # one tensor to keep, not two
+                x, delta, weights = checkpoint(
+                    layer, x, None, rotations[kind], plan, firsts, use_reentrant=False
+                )
             else:
-                x, weights = layer(x, rotations[kind], plan)
+                x, delta, weights = layer(x, delta, rotations[kind], plan, firsts)
             if output_hidden_states:
-                states.append(x)
+                states.append(x + delta)
             if output_attentions:
                 maps.append(weights)
-        x = self.final_norm(x)
+        x = self.final_norm(x) if delta is None else self.final_norm.after(x, delta)[1]
         states[-1] = x
         output = ModernBertOutput(
             x,
             tuple(states) if output_hidden_states else None,
             tuple(maps) if output_attentions else None,
         )
-        return output if isinstance(input_ids, PackedBatch) else unpack_output(batch, output)
+        if first_only or isinstance(input_ids, PackedBatch):
+            return output
+        return unpack_output(batch, output)
 
 
 def as_packed(

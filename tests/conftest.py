@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -9,6 +10,9 @@ from huggingface_hub import constants
 from hypothesis import settings
 
 torch.set_num_threads(1)  # small tensors; the test runner uses the cores
+
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("suite", deadline=None, derandomize=True)  # the same on any machine
 settings.load_profile("suite")

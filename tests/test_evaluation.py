@@ -656,29 +656,41 @@ def test_haystacks_fill_the_context(tokenizer: Tokenizer) -> None:
             assert long_documents.TOKENS - 400 < len(ids) <= long_documents.TOKENS
 
 
-def test_late_paragraphs() -> None:
-    paragraphs = [f"{number} " * 120 for number in range(9)]
-    collection = long_documents.late_paragraphs(iter(["\n\n".join(paragraphs), "too short"]))
-    assert collection.queries == {"0": paragraphs[7]}
-    assert collection.documents == {"0": "\n".join(paragraphs[:7] + paragraphs[8:])}
-    assert collection.judgements == {"0": {"0": 1.0}}
+def test_buried_paragraphs() -> None:
+    paragraphs = [f"{letter}{number} " * 132 for letter in "abcde" for number in range(20)]
+    articles = ["\n".join(paragraphs[start : start + 20])[:8000] for start in range(0, 100, 20)]
+    collection = long_documents.buried_paragraphs([*articles, "short"])
+    assert list(collection.documents) == ["0"]
+    assert list(collection.queries) == ["0.1", "0.2", "0.3", "0.4", "1.1"]
+    assert collection.queries["0.2"] == paragraphs[29]
+    assert collection.judgements["0.2"] == {"0": 1.0}
+    assert paragraphs[29] not in collection.documents["0"]
+    assert paragraphs[28] in collection.documents["0"]
+    assert 4 * 7500 < len(collection.documents["0"]) < 4 * 8000
 
 
 def test_long_suite(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = []
     for number in range(3000):
-        letter = chr(97 + number % 26)
-        record = {"title": str(number), "text": "\n".join([f"{letter}{letter} " * 90] * 70)}
+        mine = f"{chr(97 + number % 13)}{chr(110 + number // 13 % 13)} "
+        record = {"title": str(number), "text": "\n".join([mine * 90] * 70)}
         if is_validation("\n".join(record.values()), 0.01):
             lines.append(json.dumps(record))
-    assert len(lines) > 9
     write(tmp_path / "text_wikipedia_en/a.jsonl.gz", "\n".join(lines) + "\n")
     subject = Subject("x", Letters, open_tokenizer=lambda: tokenizer)
-    scores = evaluate([subject, Letters()], "long", tmp_path)
-    assert scores.value("x", "long", "needle") == 100
-    assert scores.value("x", "long", "late paragraph") is not None
+    results = evaluate([subject, Letters(), Cut(8000)], "long", tmp_path)
+    assert results.value("x", "long", "needle") == 100
+    whole, first_part = (
+        next(s for s in results.scores if (s.model, s.task) == (name, "buried paragraph"))
+        for name in ("Letters", "Cut")
+    )
+    assert whole.count == first_part.count > 20
+    parts = [f"nDCG@10 of part {part}" for part in (1, 2, 3, 4)]
+    assert all(whole.more[part] > 60 for part in parts)
+    assert first_part.more[parts[0]] > 60
+    assert all(first_part.more[part] < whole.more[part] for part in parts[1:])
     assert ("needle", "it shows no tokenizer", "Letters") in [
-        (skip.task, skip.reason, skip.model) for skip in scores.skipped
+        (skip.task, skip.reason, skip.model) for skip in results.skipped
     ]
 
 

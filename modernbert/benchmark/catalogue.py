@@ -4,12 +4,23 @@ from collections.abc import Callable
 from functools import partial
 
 from .architectures import Architecture
-from .peers import OnnxRuntime, OpenVino, Ours, OursCompiled, Peer, Transformers
+from .peers import (
+    OnnxRuntime,
+    OpenVino,
+    Ours,
+    OursCompiled,
+    OursInt8,
+    OursPlain,
+    Peer,
+    Transformers,
+)
 
 OURS = "modernbert"
 PEERS: dict[str, Callable[[], Peer]] = {
     OURS: Ours,
     "modernbert-compiled": OursCompiled,
+    "modernbert-int8": OursInt8,
+    "modernbert-plain": OursPlain,
     "sdpa": partial(Transformers, "transformers sdpa", "sdpa"),
     "eager": partial(Transformers, "transformers eager", "eager"),
     "flash": partial(Transformers, "transformers flash-attn", "flash_attention_2"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ POSITIVE = click.IntRange(min=1)
     default=Path("results"),
     help="Folder for the JSON, the tables and the plots.",
 )
+@option("--pretend", metavar="sm_75", help="Take the GPU for one of this architecture.")
 @option("--files/--no-files", default=True, help="Write files, or print only.")
 @option(
     "--revisions",
@@ -58,6 +60,7 @@ def bench(
     parts: tuple[str, ...],
     data: Path | None,
     out: Path,
+    pretend: str | None,
     files: bool,
     revisions: tuple[str, str] | None,
 ) -> None:
@@ -67,6 +70,8 @@ def bench(
     last line is the whole report as JSON. --peer and --only may be repeated; without them, the
     preset's implementations and all parts.
     """
+    from modernbert.kernels.dispatch import pretended
+
     from .machine import short_name
     from .runner import Options, run
     from .tables import markdown, revisions_table
@@ -78,10 +83,18 @@ def bench(
         "rounds": rounds,
         "peers": peers,
     }
+    if pretend:
+        # Read wherever a backend is chosen, also in the processes that measure memory.
+        os.environ["MODERNBERT_PRETEND"] = pretend
+        if (pretended() or (8, 0)) < (8, 0) and not dtype:
+            changes["dtype"] = "float16"
     given = {name: value for name, value in changes.items() if value}
+    if docs:
+        given["pass_seconds"] = None
     settings = dataclasses.replace(PRESETS[preset], **given)
     options = Options(preset, settings, size, threads, data or beside_checkout(), parts or PARTS)
     stem = f"{short_name(settings.device)}-{date.today().isoformat()}"
+    stem += f"-as-{pretend}" if pretend else ""
     report: dict[str, Any]
     if revisions:
         report, stem = compare(options, revisions), f"{stem}-revisions"

@@ -37,6 +37,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "memory_bytes": memory_total(),
         "load_average": load_average(),
         "gpu": _gpu(device) if device.type == "cuda" else None,
+        "pretended": os.environ.get("MODERNBERT_PRETEND") or None,
         "python": sys.version.split()[0],
         "compiler": cpp_compiler(),
         "versions": versions(),

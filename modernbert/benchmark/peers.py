@@ -18,7 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from modernbert import kernels
 from modernbert.config import FULL, SLIDING, ModernBertConfig
+from modernbert.int8 import quantize_linears
 from modernbert.model import ModernBertModel
 from modernbert.packing import pack_padded
 
@@ -134,6 +136,38 @@ class OursCompiled(Ours):
     def forward(self, batch: PaddedBatch) -> Tensor:
         packed = pack_padded(batch.input_ids, batch.attention_mask)
         return packed.unpack(self.packed(packed).last_hidden_state)
+
+
+class OursInt8(Ours):
+    """This library with 8-bit linear layers."""
+
+    name = "modernbert, int8"
+
+    def missing(self, setting: Setting) -> str | None:
+        return None if setting.device.type == "cpu" else "int8 linear layers run on CPUs"
+
+    def prepare(self, setting: Setting) -> None:
+        super().prepare(setting)
+        quantize_linears(self.model)
+
+
+class OursPlain(Ours):
+    """This library without its own kernels: PyTorch's flash attention, separate operations."""
+
+    name = "modernbert without its kernels"
+
+    def missing(self, setting: Setting) -> str | None:
+        states = kernels.available_backends(setting.device, setting.dtype)
+        flash = next(state for state in states if state.name == "flash")
+        return None if flash.usable else flash.reason
+
+    def prepare(self, setting: Setting) -> None:
+        super().prepare(setting)
+        self.model.attention = "flash"
+
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        with kernels.dispatch.unfused():
+            return super().forward(batch)
 
 
 class Transformers(Peer):

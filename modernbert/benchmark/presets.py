@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SIZES = ("base", "large", "tiny")
-PARTS = ("paper", "sweep", "real", "end-to-end", "memory", "largest")
+PARTS = ("paper", "sweep", "real", "end-to-end", "memory", "largest", "attention")
 PEERS = (
-    *("sdpa", "eager", "flash", "compile", "openvino", "onnxruntime", "modernbert-compiled"),
+    *("sdpa", "eager", "flash", "compile", "openvino", "onnxruntime"),
+    *("modernbert-compiled", "modernbert-plain", "modernbert-int8"),
     *("bert", "roberta", "deberta-v3", "nomic-bert", "xlm-roberta"),
 )
 # Those that compile come last: they take minutes to prepare on a CPU, one of them is enough there.
-CPU_PEERS = ("sdpa", "openvino", "onnxruntime", "eager", "compile")
-GPU_PEERS = ("sdpa", "flash", "eager", "compile", "modernbert-compiled")
+CPU_PEERS = ("modernbert-int8", "sdpa", "openvino", "onnxruntime", "eager", "compile")
+GPU_PEERS = ("sdpa", "flash", "modernbert-plain", "eager", "compile", "modernbert-compiled")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Preset:
         device: "cpu" or "cuda".
         dtype: a torch dtype's name; "auto" is bfloat16 where the CPU multiplies it natively.
         docs: texts of the N(256, 64) workload; the others have about as many tokens.
+        pass_seconds: fewer texts where one pass of ours over them takes longer; None for never.
         batch_tokens: places of a batch as it is given to everyone, padding counted.
         minutes: the whole run must end within.
         rounds: alternating pairs at most.
@@ -42,6 +44,7 @@ class Preset:
     batch_tokens: int
     minutes: float
     rounds: int = 7
+    pass_seconds: float | None = None
     peers: tuple[str, ...] = GPU_PEERS
     sweep: tuple[int, ...] = (128, 1024, 2048, 4096)
     memory: tuple[tuple[int, int], ...] = ((1, 512), (1, 2048), (1, 8192), (64, 512))
@@ -56,8 +59,9 @@ PRESETS = {
         dtype="auto",
         docs=16,
         batch_tokens=8192,
-        minutes=14,
+        minutes=13,
         rounds=5,
+        pass_seconds=1.5,
         peers=CPU_PEERS,
         sweep=(128, 2048),
         memory_layers=4,

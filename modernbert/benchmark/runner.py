@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 
 from modernbert.kernels import computes_natively
 
-from . import machine, published, workloads
+from . import attention, machine, published, workloads
 from .ceiling import best, measure_ceiling
 from .contest import Contest, prepare_all
 from .end_to_end import BARE, NAME, THEIRS, end_to_end
-from .measure import Timing, alternate, describe
+from .measure import Timing, alternate, describe, timed
 from .memory import largest_batch, peak_bytes
 from .peers import Peer, Setting
 from .presets import PARTS, Preset
@@ -28,6 +28,7 @@ RESERVED = 0.15  # of the time left stays for memory and the like
 BUSY = 0.4  # load per core
 LONG = 4.0  # times as much time for a workload with texts beyond 2048 tokens
 EVEN_TOKENS = 256
+ALONE = 65_536  # tokens of attention alone
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         say,
         deadline=clock.begun + PREPARING * clock.limit,
     )
+    options = replace(options, settings=fitted(options.settings, contest))
     measured = measure_workloads(options, contest, clock, say)
     memory = measure_memory(options, contest, say) if "memory" in options.parts else []
     largest = measure_largest(options, contest, say) if "largest" in options.parts else []
+    alone = measure_alone(options, setting, say) if "attention" in options.parts else {}
     ceiling = best([before, measure_ceiling(setting.dtype, setting.device)])
     counted = {contest.ours.name: True, NAME: True, BARE: True}
     counted |= {prepared.peer.name: prepared.peer.modernbert for prepared in contest.others}
@@ -93,6 +96,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         "workloads": measured,
         "memory": memory,
         "largest_batch": largest,
+        **alone,
         "published": published.as_dict(setting.size),
     }
 
@@ -107,6 +111,18 @@ def busy(conditions: dict[str, Any]) -> list[str]:
         "figures and ratios are not to be relied on. PyTorch suffers most, as its threads wait for "
         "each other."
     ]
+
+
+def fitted(settings: Preset, contest: Contest) -> Preset:
+    """Fewer texts on a machine on which a pass over them would take too long."""
+    if settings.pass_seconds is None:
+        return settings
+    sample = workloads.variable(256, 64, 512, min(4, settings.docs))
+    ours = contest.contestant(contest.ours, sample, contest.given)
+    with torch.inference_mode():
+        seconds = min(timed(ours.run, contest.setting.device, time.perf_counter) for _ in range(2))
+    docs = int(len(sample.lengths) * settings.pass_seconds / seconds)
+    return replace(settings, docs=max(2, min(docs, settings.docs)))
 
 
 class Clock:
@@ -289,6 +305,16 @@ def measure_largest(
                 found, note = _largest(peer, length, max(limit * 512 // length, 1), device)
             rows.append({"peer": peer.name, "tokens_each": length, "texts": found, "note": note})
     return rows
+
+
+def measure_alone(options: Options, setting: Setting, say: Callable[[str], None]) -> dict[str, Any]:
+    """On a GPU: every backend checked against float64, and its attention timed alone."""
+    if setting.device.type != "cuda":
+        return {}
+    say("every backend against float64")
+    checks = list(attention.self_check())
+    jobs = attention.workloads(min(options.settings.batch_tokens, ALONE))
+    return {"self_check": checks, "attention": attention.measure_attention(setting, jobs, say)}
 
 
 def _largest(peer: Peer, length: int, limit: int, device: torch.device) -> tuple[int | None, str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
+from .attention import attention_rows, failures
 from .results import BASIS
 
 
@@ -23,7 +24,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         f"{' x '.join(map(str, ceiling['shape']))}), copy {ceiling['copy_bytes'] / 1e9:.3g} GB/s, "
         f"threads {machine['threads']}."
     )
-    for warning in report["warnings"]:
+    for warning in [*report["warnings"], *failures(report)]:
         yield from ("", f"**{warning}**")
     yield from ("", *table(_summary(report)))
     for workload in report["workloads"]:
@@ -32,6 +33,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     for title, rows in (
         ("Peak memory of one pass above the loaded model", _memory(report)),
         ("Largest batch that fits", _largest(report)),
+        ("Attention alone, one layer", attention_rows(report)),
         ("Implementations", _states(report)),
         (f"Published, not measured here: {report['published']['source']}", _published(report)),
     ):

@@ -1,6 +1,6 @@
 """Long documents: does a sentence anywhere in 8,192 tokens move the vector, and is it found?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 
 from .correlation import cosines
 from .models import Subject
-from .retrieval import Collection, search
+from .retrieval import Collection, mean_points, rank
 from .scores import Skipped
 from .task import Measured, Task
 from .texts import MISSING, has_articles, held_out_articles
@@ -25,12 +25,13 @@ NEEDLES = (
     "A violin made of cherry wood was sold to a collector in Lisbon for nine hundred euros.",
 )
 ROUNDING = 1e-6  # of a cosine: float32 in another order of addition moves it by less
-LONG, LONG_DOCUMENTS = 16_000, 100  # characters; articles at most
+PARTS, PART = 4, 8000  # of a document; characters of each
+BURIED_DOCUMENTS = 50
 
 
 def tasks(data: Path) -> Iterator[Task | Skipped]:
-    """Needles in held-out articles of `data`, and late paragraphs that find their article."""
-    for name, run in (("needle", _needle), ("late paragraph", _late_paragraph)):
+    """Needles in held-out articles of `data`, and paragraphs that find the document they left."""
+    for name, run in (("needle", _needle), ("buried paragraph", _buried)):
         if has_articles(data):
             yield Task(SUITE, name, partial(run, data))
         else:
@@ -92,28 +93,55 @@ def needle_test(subject: Subject, documents: list[list[str]]) -> Measured:
     return Measured(len(planted), points)
 
 
-# -- a paragraph finds the article it was taken from -----------------------------------------------
+# -- a paragraph finds the document it was taken from ----------------------------------------------
 
 
-def _late_paragraph(data: Path, subject: Subject) -> Measured:
-    articles = (text for text in held_out_articles(data) if len(text) >= LONG)
-    return search(subject, late_paragraphs(islice(articles, LONG_DOCUMENTS)))
+def _buried(data: Path, subject: Subject) -> Measured:
+    collection = buried_paragraphs(held_out_articles(data))
+    found = rank(subject, collection)
+    points = mean_points(found)
+    for part in range(1, PARTS + 1):
+        of_part = {query: metrics for query, metrics in found.items() if query[-1] == str(part)}
+        points[f"nDCG@10 of part {part}"] = mean_points(of_part)["nDCG@10"]
+    return Measured(len(found), points)
 
 
-def late_paragraphs(articles: Iterator[str]) -> Collection:
-    """Long articles without a paragraph of 200 to 2,000 characters from their last third, which
-    is the query: only what was read to the end can be found well."""
-    documents, queries = {}, {}
-    for number, article in enumerate(articles):
-        paragraphs = [part for part in article.split("\n") if part.strip()]
-        late = [
-            index
-            for index in range(2 * len(paragraphs) // 3, len(paragraphs))
-            if 200 <= len(paragraphs[index]) <= 2000
-        ]
-        if not late:
+def buried_paragraphs(articles: Iterable[str]) -> Collection:
+    """Documents made of passages of four articles each, about 8,192 tokens in all.
+
+    Of each passage a paragraph of 200 to 2,000 characters is taken out; it is a query, which the
+    whole document answers. So who reads only the first part finds a quarter. Query "7.2" was taken
+    from the second part of document "7".
+    """
+    documents: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    parts: list[str] = []
+    for passage in _passages(list(articles)):
+        paragraph, rest = _taken_out(passage)
+        if not paragraph:
             continue
-        chosen = late[len(late) // 2]
-        queries[str(number)] = paragraphs[chosen]
-        documents[str(number)] = "\n".join(paragraphs[:chosen] + paragraphs[chosen + 1 :])
-    return Collection(documents, queries, {name: {name: 1.0} for name in queries})
+        parts.append(rest)
+        queries[f"{len(documents)}.{len(parts)}"] = paragraph
+        if len(parts) == PARTS:
+            documents[str(len(documents))] = "\n".join(parts)
+            parts = []
+        if len(documents) == BURIED_DOCUMENTS:
+            break
+    return Collection(documents, queries, {q: {q.partition(".")[0]: 1.0} for q in queries})
+
+
+def _passages(articles: list[str]) -> Iterator[str]:
+    """First the first `PART` characters of each article, then the second, ..."""
+    for start in range(0, max(map(len, articles), default=0), PART):
+        for article in articles:
+            if len(article) >= start + PART:
+                yield article[start : start + PART]
+
+
+def _taken_out(text: str) -> tuple[str, str]:
+    """A paragraph from the second half of a text, and the rest; "" where none is of fair size."""
+    paragraphs = [part for part in text.split("\n") if part.strip()]
+    for index in range(len(paragraphs) // 2, len(paragraphs) - 1):
+        if 200 <= len(paragraphs[index]) <= 2000:
+            return paragraphs[index], "\n".join(paragraphs[:index] + paragraphs[index + 1 :])
+    return "", text

@@ -65,7 +65,7 @@ PRESETS = {
             "STS": ("sts", None),
             "Retrieval": ("retrieval", None),
             "Code": ("code", "standard library"),
-            "Long": ("long", "late paragraph"),
+            "Long": ("long", "buried paragraph"),
         },
         rows=(
             Row("ModernBERT-large", "answerdotai/ModernBERT-large", {}),

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -57,6 +58,18 @@ def _run(read: "partial[Collection]", subject: Subject) -> Measured:
 
 def search(subject: Subject, collection: Collection) -> Measured:
     """Points over the queries that have a relevant document in the collection."""
+    found = rank(subject, collection)
+    return Measured(len(found), mean_points(found))
+
+
+def mean_points(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Points by metric: 100 times the mean over queries of what `rank` gives."""
+    metrics = next(iter(found.values()))
+    return {metric: 100 * fmean(q[metric] for q in found.values()) for metric in metrics}
+
+
+def rank(subject: Subject, collection: Collection) -> dict[str, dict[str, float]]:
+    """What `judge` says of each query that has a relevant document in the collection."""
     documents, queries = collection.documents, collection.queries
     judged = {
         query: {d: rel for d, rel in collection.judgements[query].items() if d in documents}
@@ -66,18 +79,17 @@ def search(subject: Subject, collection: Collection) -> Measured:
     judged = {q: rels for q, rels in judged.items() if any(rel > 0 for rel in rels.values())}
     if not judged:
         raise ValueError("no query of the collection has a relevant document in it")
-    names = list(documents)
+    names, asked = list(documents), list(judged)
     matrix = unit(subject.embed(list(documents.values()), "document"))  # (documents, d)
-    asked = unit(subject.embed([queries[query] for query in judged], "query"))  # (queries, d)
-    totals: dict[str, list[float]] = defaultdict(list)
+    vectors = unit(subject.embed([queries[query] for query in asked], "query"))  # (queries, d)
+    found = {}
     for start in range(0, len(asked), QUERY_BLOCK):
-        scores = asked[start : start + QUERY_BLOCK] @ matrix.T
+        scores = vectors[start : start + QUERY_BLOCK] @ matrix.T
         best = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
-        for row, rels in zip(best, list(judged.values())[start:], strict=False):
-            gains = np.array([rels.get(names[index], 0.0) for index in row])
-            for metric, value in judge(gains, list(rels.values())).items():
-                totals[metric].append(100 * value)
-    return Measured(len(judged), {metric: float(np.mean(v)) for metric, v in totals.items()})
+        for query, row in zip(asked[start : start + QUERY_BLOCK], best, strict=True):
+            gains = np.array([judged[query].get(names[index], 0.0) for index in row])
+            found[query] = judge(gains, list(judged[query].values()))
+    return found
 
 
 def judge(gains: np.ndarray, relevances: list[float]) -> dict[str, float]:

@@ -63,17 +63,23 @@ def export(model: Path, into: Path, figures: dict) -> None:
     from modernbert.training.loop import save_model
 
     masked_lm = ModernBertForMaskedLM.from_pretrained(model, dtype=torch.float16)
-    save_model(masked_lm, masked_lm.tensors_to_save(), Tokenizer.from_pretrained(model), into, max_seq_length=8192)
+    save_model(
+        masked_lm,
+        masked_lm.tensors_to_save(),
+        Tokenizer.from_pretrained(model),
+        into,
+        max_seq_length=8192,
+    )
     card = (HERE / "card.md").read_text("utf-8").replace("{{figures}}", table(figures))
     (into / "README.md").write_text(card, "utf-8")
 
 
 def table(figures: dict) -> str:
     """The scores as a Markdown table, one row a task."""
-    rows = ["| set | score |", "|---|---:|"]
-    for model in figures["models"]:
-        for score in model["scores"]:
-            rows.append(f"| {score['task']} | {score['value']:.1f} |")
+    rows = ["| suite | set | metric | score |", "|---|---|---|---:|"]
+    for score in figures["scores"]:
+        cells = (score["suite"], score["task"], score["metric"], f"{score['value']:.1f}")
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
