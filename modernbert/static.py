@@ -22,6 +22,7 @@ from tqdm import tqdm
 from modernbert.weights import CheckpointError, ModelFolder
 
 from .cutting import steps
+from .static_dtypes import DTYPES
 from .static_files import (
     MAX_LENGTH,
     TABLE,
@@ -33,7 +34,6 @@ from .static_files import (
 from .tokenizer_file import load_backend
 from .vocabulary import PADDING, Vocabulary
 
-DTYPES = ("float16", "float32", "float64", "int8")
 MODULE = "sentence_transformers.models."
 MEMORY = 1 << 22  # characters of remembered words, some 100 MB
 GATHERED = 4096  # rows that are summed at a time

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-logger = logging.getLogger("modernbert")
+from .recipe import Dims
 
-Dims = int | float | str | None
+logger = logging.getLogger("modernbert")
 
 
 def rank_probabilities(count: int) -> np.ndarray:

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from modernbert.static import DTYPES
+from modernbert.static_dtypes import DTYPES
 
-from .postprocess import Dims
+Dims = int | float | str | None  # a number, a share of the variance, "auto", or all
 
 
 @dataclass(frozen=True)

@@ -220,11 +220,11 @@ class Classification(TextTask):
     def scores(self, batch: PackedBatch, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (n, classes) in float32 of whatever has a target, and these targets (n,)."""
         with self.context.autocast():
-            x = self.model.model(batch).last_hidden_state
             if self.spec.objective == PER_WORD:
-                x, targets = x[targets >= 0], targets[targets >= 0]
+                x = self.model.model(batch).last_hidden_state[targets >= 0]
+                targets = targets[targets >= 0]
             else:
-                x = self.model.pool(batch, x)
+                x, _ = self.model.pooled((batch, None, None, None, None), False, False)
             return self.model.classify(x).float(), targets
 
     @torch.no_grad()
