@@ -192,7 +192,7 @@ class Classification(TextTask):
         records = self.next_records()
         labelled = max(1, sum(int((self.targets[i] >= 0).sum()) for i in records.tolist()))
         mine = self.share(records).tolist()
-        inputs, targets = ([column[i] for i in mine] for column in (self.inputs, self.targets))
+        inputs, targets = [self.inputs[i] for i in mine], [self.targets[i] for i in mine]
         loss = right = 0.0
         for index, (batch, labels) in enumerate(self.batches(inputs, targets)):
             seed_step(self.context, step, index)

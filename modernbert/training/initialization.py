@@ -44,4 +44,4 @@ def embeddings_from(
     if padding is not None:
         table[padding] = 0
     if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
-        model.head.norm.weight *= before / ROW_STD
+        model.get_parameter("head.norm.weight").mul_(before / ROW_STD)

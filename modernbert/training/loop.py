@@ -109,7 +109,14 @@ class Trainer:
             eps=self.recipe.eps,
         )
         self.optimizer = optimizer
-        state = {"phase": 0, "step": 0, "tokens": 0, "phase_tokens": 0, "tasks": [], "seconds": 0.0}
+        state: dict[str, Any] = {
+            "phase": 0,
+            "step": 0,
+            "tokens": 0,
+            "phase_tokens": 0,
+            "tasks": [],
+            "seconds": 0.0,
+        }
         saved = checkpoints(self.output / "checkpoints")
         if saved:
             state = load_checkpoint(saved[-1], self.model, optimizer)
@@ -335,6 +342,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         state["step"] += 1
+        line: dict[str, Any]
         tokens, line = 0, {"step": state["step"], "lr": rate}
         for task, spec in zip(tasks, phase.tasks, strict=True):
             if state["step"] % spec.every:
@@ -375,13 +383,12 @@ class Trainer:
         parameters = [p for p, any_has in zip(parameters, has.tolist(), strict=True) if any_has]
         if not parameters:
             return
-        for p in parameters:  # a process without a row of its own has none
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        # A process without a row of its own has none.
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in own])
         dist.all_reduce(flat)
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(part.view_as(p))
+            p.grad = part.view_as(p).clone()
 
     def _validate(self, tasks: list[TrainingTask]) -> Metrics:
         self.model.eval()

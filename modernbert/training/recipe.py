@@ -237,7 +237,7 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
         return value
     if origin is types.UnionType:  # X | None: TOML has no null
         return _build(arguments[0], value, source, key)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for name in value.keys() - hints.keys():
             raise ValueError(f"{source}: unknown key {_join(key, name)}; known: {', '.join(hints)}")

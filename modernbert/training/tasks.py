@@ -78,7 +78,9 @@ class Context:
 
 
 class TrainingTask(Protocol):
-    """One objective on one collection."""
+    """One objective on one collection; `name` is its prefix in the log."""
+
+    name: str
 
     def backward(self, step: int, phase_tokens: int) -> tuple[int, Metrics]:
         """Add the gradients of a global batch's share; (its tokens, numbers for the log)."""
@@ -140,6 +142,10 @@ class MaskedLM:
         self.warmup = BatchWarmup(1, spec.rows, phase.batch_warmup_tokens)
         self.held_out = None if validation is None else Pieces.cut(validation, size)
         self.special = special_ids(context.tokenizer)
+        mask = context.tokenizer.mask_token_id
+        if mask is None:
+            raise ValueError(f"the tokenizer {context.recipe.tokenizer} has no mask token for mlm")
+        self.mask_id = mask
 
     def backward(self, step: int, phase_tokens: int) -> tuple[int, Metrics]:
         context = self.context
@@ -176,7 +182,7 @@ class MaskedLM:
         seen, labels = mask_tokens(
             ids,
             rng,
-            mask_id=self.context.tokenizer.mask_token_id,
+            mask_id=self.mask_id,
             vocab_size=len(self.special),
             special=self.special,
             rate=rate,
@@ -353,7 +359,8 @@ class VectorTask(TextTask):
 def special_ids(tokenizer: Tokenizer) -> np.ndarray:
     """(vocab_size,) bool: tokens that are never drawn at random and, by default, never masked."""
     special = np.zeros(tokenizer.vocab_size, dtype=bool)
-    special[[tokenizer.token_to_id(token) for token in tokenizer.special_tokens.values()]] = True
+    ids = [tokenizer.token_to_id(token) for token in tokenizer.special_tokens.values()]
+    special[[i for i in ids if i is not None]] = True
     return special
 
 
