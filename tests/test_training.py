@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from safetensors.torch import load_file
 from modernbert import ModernBertForMaskedLM, SentenceEncoder
 from modernbert.cli import main
 from modernbert.training import loop, objectives
+from modernbert.training.readers import is_validation
 from modernbert.training.recipe import read_recipe
 from modernbert.training.report import smooth
+from modernbert.training.store import TokenStore
 from modernbert.training.teacher import rotation, teacher_vectors
 
 SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
@@ -80,7 +83,7 @@ tokens = 3000
 max_length = 64
 learning_rate = 1e-2
 decay_tokens = 800
-global_rope_theta = 160000.0
+global_rope_theta = 150000.0
 
 [[phases.tasks]]
 objective = "mlm"
@@ -164,6 +167,7 @@ def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("phases.0.warmup_tokens=9000", "more than its tokens"),
         ("data.pairs.validation=1.5", "validation is 1.5"),
         ("model.hidden=3", "model.hidden is no field"),
+        ("data.pairs.prompts=['one']", "one prompt for each of the 2 fields"),
         ("nonsense", "write key=value"),
     ],
 )
@@ -261,7 +265,7 @@ def test_training_learns_and_writes_a_model_that_both_classes_load(whole):
     encoder = SentenceEncoder.from_pretrained(whole / "model")
     assert encoder.encode(["word1 word2", "word3"]).shape == (2, 32)
     model = ModernBertForMaskedLM.from_pretrained(whole / "model")
-    assert model.config.global_rope_theta == 160000.0
+    assert model.config.global_rope_theta == 150000.0
     saved = load_file(
         whole / "checkpoints" / sorted(os.listdir(whole / "checkpoints"))[-1] / "model.safetensors"
     )
@@ -316,6 +320,15 @@ def test_two_processes_train_like_one(material, whole, tmp_path):
         assert a.keys() == b.keys()
         for key in a.keys() - {"phase"}:
             assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-5)
+
+
+def test_a_run_that_goes_on_after_its_last_phase_writes_the_same_model(material, whole):
+    """Killed between the last checkpoint and the finished model."""
+    before = {p.name: p.read_bytes() for p in (whole / "model").iterdir() if p.is_file()}
+    shutil.rmtree(whole / "model")
+    assert train(material, whole) == whole / "model"
+    after = {p.name: p.read_bytes() for p in (whole / "model").iterdir() if p.is_file()}
+    assert before == after
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint(material, tmp_path, monkeypatch):
@@ -396,6 +409,41 @@ def test_distillation_follows_its_teacher(material, tmp_path, monkeypatch):
     losses = [line.get("distillation/documents/loss") for line in log(tmp_path)]
     losses = [loss for loss in losses if loss is not None]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_prompts_reach_the_student_and_the_finished_model_only(material, tmp_path, monkeypatch):
+    """A second run goes on in the first one's directions, with another prompt and the same ones."""
+    monkeypatch.setattr("modernbert.training.teacher.load_teacher", lambda *_: FakeTeacher())
+    settings = [
+        "data.documents.teacher=fake",
+        "data.documents.prompts=['word0 ']",
+        "prompt='word0 '",
+        "phases.1.tasks.0.objective=distillation",
+        "phases.1.tasks.0.texts=16",
+        "phases.1.tokens=1500",
+        "micro_tokens=256",
+    ]
+    train(material, tmp_path / "first", *settings)
+    store = TokenStore(tmp_path / "first" / "data" / "documents-train")
+    assert {sequence[0] for sequence in store} == {len(SPECIAL)}
+    vectors = np.load(tmp_path / "first" / "data" / "documents-train-vectors" / "vectors.npy")
+    lines = (material / "documents.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    kept = [text for text in texts if not is_validation(text, 0.1)]
+    np.testing.assert_array_equal(vectors, FakeTeacher().encode(kept))
+    encoder = SentenceEncoder.from_pretrained(tmp_path / "first" / "model")
+    plain = encoder.encode(["word3 word4"])
+    np.testing.assert_array_equal(plain, encoder.encode(["word0 word3 word4"], prompt=""))
+    assert np.abs(plain - encoder.encode(["word3 word4"], prompt="")).max() > 1e-3
+
+    directions = tmp_path / "first" / "data" / "directions.npy"
+    np.save(directions, np.load(directions)[:, ::-1])
+    settings += [f"start.directions={str(directions)!r}", f"output={str(tmp_path / 'second')!r}"]
+    second = loop.Trainer(read_recipe(material / "recipe.toml", settings))
+    np.testing.assert_array_equal(second._turn(32), np.load(directions)[:, :32])
+    np.save(directions, np.eye(3))
+    with pytest.raises(ValueError, match="the teacher has 60"):
+        loop.Trainer(read_recipe(material / "recipe.toml", settings))._turn(32)
 
 
 def test_teacher_vectors_go_on_where_they_stopped(tmp_path, monkeypatch):

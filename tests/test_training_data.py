@@ -177,6 +177,23 @@ def test_records_with_several_fields_give_as_many_sequences(tmp_path: Path, toke
     assert store.fields == ("a", "b", "c") and store.lengths[4] == 0
 
 
+def test_prompts_stand_before_their_fields_and_do_not_move_the_split(
+    tmp_path: Path, tokenizer: Tokenizer
+):
+    pairs = [{"a": record["text"], "b": "passage"} for record in RECORDS[:200]]
+    path = write(tmp_path / "a.jsonl", jsonl(pairs))
+    options = {"fields": ("a", "b"), "split": "train", "validation": 0.2}
+    plain = build(tmp_path / "plain", str(path), tokenizer, **options)
+    store = build(tmp_path / "store", str(path), tokenizer, prompts=("q: ", "p: "), **options)
+    texts = [tokenizer.decode(ids) for ids in plain]
+    assert len(texts) < 400 and [tokenizer.decode(ids) for ids in store] == [
+        prompt + text
+        for prompt, text in zip(["q: ", "p: "] * (len(texts) // 2), texts, strict=True)
+    ]
+    with pytest.raises(ValueError, match="1 prompts for 2 fields"):
+        build(tmp_path / "store", str(path), tokenizer, prompts=("q: ",), **options)
+
+
 def test_texts_cannot_plant_special_tokens(tmp_path: Path, tokenizer: Tokenizer):
     path = write(tmp_path / "a.txt", "Who writes [MASK] [SEP] here?\n")
     (ids,) = sequences(build(tmp_path / "store", str(path), tokenizer))

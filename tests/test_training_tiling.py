@@ -2,15 +2,19 @@
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 
 from modernbert.config import ModernBertConfig
 from modernbert.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.model import ModernBertModel
 from modernbert.pretrained import PreTrainedModel
+from modernbert.tokenizer import Tokenizer
+from modernbert.training.initialization import transplant
 from modernbert.training.tiling import layer_map, tile, tile_model
 
 SMALL = ModernBertConfig(
@@ -229,3 +233,44 @@ def test_a_function_of_repeated_inputs_survives() -> None:
         wide.weight.copy_(tile(norm.weight, (12,)))
     x = torch.randn(5, 6)
     torch.testing.assert_close(wide(tile(x, (5, 12))), tile(norm(x), (5, 12)))
+
+
+def byte_tokenizer(*merges: tuple[str, str]) -> Tokenizer:
+    """Byte-level BPE of the bytes, the given merges and a special token at the end."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(a + b for a, b in merges)]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=list(merges))
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["[PAD]", "[MASK]"])
+    return Tokenizer(backend.to_str().encode())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_is_carried_over(tied: bool) -> None:
+    old = byte_tokenizer(("a", "b"), ("ab", "c"))
+    new = byte_tokenizer(("x", "y"), ("a", "b"), ("ab", "xy"), ("\u0120", "ab"))
+    config = SMALL.replace(vocab_size=old.vocab_size, tie_word_embeddings=tied)
+    model = randomised(ModernBertForMaskedLM(config))
+    before = [t.clone() for t in (model.get_input_embeddings().weight, *model.decoder.parameters())]
+    transplant(model, old, new)
+    assert model.config.vocab_size == new.vocab_size == model.decoder.out_features
+    assert (model.decoder.weight is model.get_input_embeddings().weight) == tied
+    tables = (model.get_input_embeddings().weight, *model.decoder.parameters())
+    pieces = {"a": "a", "ab": "ab", "xy": "x y", "abxy": "ab x y", "\u0120ab": "\u0120 ab"}
+    pieces |= {"[MASK]": "[MASK]", "\u0122": "\u0122"}  # a byte that is no text has its own row
+    for table, rows in zip(tables, before, strict=True):
+        for token, of in pieces.items():
+            expected = rows[[old.token_to_id(piece) for piece in of.split()]].mean(0)
+            assert torch.equal(table[new.token_to_id(token)], expected), token
+
+
+def test_a_token_that_is_no_text_starts_at_the_mean() -> None:
+    old, new = byte_tokenizer(), byte_tokenizer(("\u0142", "\u0143"))
+    model = randomised(ModernBertModel(SMALL.replace(vocab_size=old.vocab_size)))
+    mean = model.get_input_embeddings().weight.mean(0)
+    transplant(model, old, new)
+    row = model.get_input_embeddings().weight[new.token_to_id("\u0142\u0143")]
+    assert torch.equal(row, mean)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ def load_checkpoint(
     try:
         state = json.loads((path / STATE).read_bytes())
         weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
-    except Exception as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} cannot be read ({error}); delete it") from error
     load_weights(model, weights, path)
     restore_optimizer(model, optimizer, moments, state.pop("optimizer_steps"))

@@ -1,10 +1,11 @@
-"""Token embeddings that start from a sentence model's vectors of the same strings."""
+"""Token embeddings that start from a sentence model's vectors, or from another vocabulary's."""
 
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from modernbert.pretrained import PreTrainedModel
 from modernbert.tokenizer import Tokenizer
@@ -45,3 +46,41 @@ def embeddings_from(
         table[padding] = 0
     if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
         model.get_parameter("head.norm.weight").mul_(before / ROW_STD)
+
+
+@torch.no_grad()
+def transplant(model: PreTrainedModel, old: Tokenizer, new: Tokenizer) -> None:
+    """Give a model of the tokenizer `old` the rows of `new` in its embeddings and decoder.
+
+    A token that both have keeps its row. Any other gets the mean of the rows of the old tokens of
+    its string, or of all old rows where it is no text. The config keeps its token ids. Source:
+    Gee et al. 2022, Fast Vocabulary Transfer for Language Model Compression.
+    """
+    pieces = [_pieces(old, new, i) for i in range(new.vocab_size)]
+    before = [table.clone() for table in _tables(model)]
+    model.resize_token_embeddings(new.vocab_size)
+    for table, rows in zip(_tables(model), before, strict=True):
+        everything = rows.mean(0)
+        for i, ids in enumerate(pieces):
+            table[i] = rows[ids].mean(0) if ids else everything
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """What has a row for each token."""
+    decoder = model.get_output_embeddings()
+    found = [model.get_input_embeddings().weight]
+    if decoder is not None:
+        found += [table for table in (decoder.weight, decoder.bias) if table is not None]
+    return found
+
+
+def _pieces(old: Tokenizer, new: Tokenizer, token_id: int) -> list[int]:
+    """The old ids of a new token: its own where there is one, else those of its string."""
+    token = new.id_to_token(token_id)
+    same = None if token is None else old.token_to_id(token)
+    if same is not None:
+        return [same]
+    text = new.decode([token_id], skip_special_tokens=False)
+    if not text or "\ufffd" in text:
+        return []
+    return old(text, add_special_tokens=False).input_ids[0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ from .classification import (
     label_ids,
     read_examples,
 )
-from .initialization import embeddings_from
+from .initialization import embeddings_from, transplant
 from .optimizer import StableAdamW, parameter_groups
 from .readers import find_files, is_validation, read_file
 from .recipe import Data, Phase, Recipe, Task
@@ -54,7 +55,13 @@ from .schedule import learning_rate
 from .sharding import is_sharded, shard, whole
 from .store import TokenStore, build_store
 from .tasks import Context, MaskedLM, Metrics, TrainingTask, VectorTask
-from .teacher import load_teacher, rotation, teacher_vectors
+from .teacher import (
+    load_teacher,
+    read_directions,
+    rotation,
+    teacher_vectors,
+    write_directions,
+)
 from .tiling import tile_model
 
 logger = logging.getLogger("modernbert")
@@ -173,10 +180,14 @@ class Trainer:
             ids |= {"bos_token_id": ids["cls_token_id"], "eos_token_id": ids["sep_token_id"]}
             size = {"vocab_size": self.tokenizer.vocab_size}
             model = kind(ModernBertConfig(**{**size, **ids, **options}))
-        if start.tile:
-            small = kind.from_pretrained(_name_or_folder(self.recipe, start.tile))
-            tile_model(small.float(), model)
-        if start.embeddings_from and not checkpoints(self.output / "checkpoints"):
+        resumed = bool(checkpoints(self.output / "checkpoints"))  # its weights replace these
+        if start.tile and not resumed:
+            folder = _name_or_folder(self.recipe, start.tile)
+            small, old = kind.from_pretrained(folder).float(), Tokenizer.from_pretrained(folder)
+            if old.files()["tokenizer.json"] != self.tokenizer.files()["tokenizer.json"]:
+                transplant(small, old, self.tokenizer)
+            tile_model(small, model)
+        if start.embeddings_from and not resumed:
             teacher = load_teacher(start.embeddings_from)
             embeddings_from(teacher, model, self.tokenizer, self._turn(model.config.hidden_size))
         if self.recipe.gradient_checkpointing:
@@ -191,6 +202,7 @@ class Trainer:
         if key not in self.stores:
             arguments: dict[str, Any] = dict(
                 fields=data.fields,
+                prompts=data.prompts,
                 split=split,
                 validation=data.validation,
                 workers=self.recipe.workers,
@@ -238,12 +250,25 @@ class Trainer:
         with self._first_alone():
             return teacher_vectors(folder, texts, len(store), data.teacher)
 
-    def _turn(self, width: int) -> np.ndarray | None:
-        """From the teacher's vectors to the student's: one rotation for the whole run."""
+    @functools.cached_property
+    def _directions(self) -> np.ndarray | None:
+        """(D', D') the teacher's principal directions: the student takes the first ones."""
         tasks = (task for phase in self.recipe.phases for task in phase.tasks)
         name = next((task.data for task in tasks if task.objective == "distillation"), None)
         targets = None if name is None else self._targets(name, "train")
-        return None if targets is None else rotation(targets, width)
+        if targets is None:
+            return None
+        given, path = self.recipe.start.directions, self.output / "data" / "directions.npy"
+        with self._first_alone():
+            if given:
+                return read_directions(self.recipe.path(given), targets.shape[1])
+            if not path.is_file():
+                write_directions(path, rotation(targets, targets.shape[1]))
+        return read_directions(path, targets.shape[1])
+
+    def _turn(self, width: int) -> np.ndarray | None:
+        """From the teacher's vectors to the student's: one rotation for the whole run."""
+        return None if self._directions is None else self._directions[:, :width]
 
     def _task(self, spec: Task, phase: Phase) -> TrainingTask:
         if isinstance(self.model, ClassifierModel):
@@ -291,13 +316,13 @@ class Trainer:
                 tokens, line = self._step(tasks, phase, peak)
                 bar.update(tokens)
                 bar.set_postfix_str(" ".join(_short(line)))
-                step = state["step"]
+                step, scores = state["step"], {}
                 if step % self.recipe.validation_steps == 0:
                     scores = self._validate(tasks)
                     line |= {f"validation/{name}": value for name, value in scores.items()}
                     if self.recipe.early_stopping and scores:
                         self._remember_best(index, tasks, next(iter(scores.values())))
-                if step % self.recipe.log_steps == 0 or len(line) > self.plain:
+                if step % self.recipe.log_steps == 0 or scores:
                     self._log(line)
                 stop = self._agree_to_stop()
                 if step % self.recipe.checkpoint_steps == 0 or stop:
@@ -350,15 +375,15 @@ class Trainer:
             seen, metrics = task.backward(state["step"], state["phase_tokens"])
             tokens += seen
             line |= {f"{task.name}/{key}": value for key, value in metrics.items()}
-        self._sum_gradients()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         losses = [value for key, value in line.items() if key.endswith("/loss")]
         if not np.isfinite(losses).all():
             raise ValueError(
                 f"the loss is {losses} at step {state['step']}: lower learning_rate, or warm up "
                 "for longer; the last checkpoint is whole"
             )
+        self._sum_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         state["tokens"] += tokens
         state["phase_tokens"] += tokens
@@ -369,7 +394,6 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
         }
         line |= {"utilisation": self._flops(phase) * tokens / seconds / peak, "phase": phase.name}
-        self.plain = len(line)
         return tokens, line
 
     def _sum_gradients(self) -> None:
@@ -414,7 +438,10 @@ class Trainer:
         return measure_ceiling(dtype, self.device, seconds=1.0).matmul_flops * self.world
 
     def _flops(self, phase: Phase) -> float:
-        """Of training on one token: three forward passes, and the decoder on the masked ones."""
+        """Of training on one token, estimated: three forward passes, decoder on the masked ones.
+
+        Texts are taken to be as long as documents are on average, and tasks to be of one size.
+        """
         config = self.model.config
         masked = [t.mask_rate for t in phase.tasks if t.objective == "mlm"]
         share = sum(masked) / len(phase.tasks)
@@ -479,16 +506,26 @@ class Trainer:
     def _finish(self) -> Path:
         """Average, write the finished model, and plot."""
         folder = self.output / "model"
+        self._retheta(len(self.recipe.phases) - 1)  # a run may go on after its last phase
         last = checkpoints(self.output / "checkpoints")[-self.recipe.average :]
         if len(last) > 1:
             load_weights(self.model, average(last), last[-1])
         weights = whole(self.model.tensors_to_save(), keep=self.first)
         if self.first:
-            save_model(self.model, weights, self.tokenizer, folder, self.recipe.max_seq_length)
+            save_model(self.model, weights, self.tokenizer, folder, settings_of(self.recipe))
             from .report import plot_run
 
             plot_run(self.output / "log.jsonl", self.output / "training.png", self.recipe.name)
         return folder
+
+
+def settings_of(recipe: Recipe) -> Settings:
+    """What the finished sentence encoder does to a text."""
+    settings = Settings(max_seq_length=recipe.max_seq_length)
+    if recipe.prompt:
+        settings.prompts = dict.fromkeys(("query", "document", "text"), recipe.prompt)
+        settings.default_prompt_name = "text"
+    return settings
 
 
 def save_model(
@@ -496,7 +533,7 @@ def save_model(
     weights: dict[str, Tensor],
     tokenizer: Tokenizer,
     folder: Path,
-    max_seq_length: int,
+    settings: Settings,
 ) -> None:
     """One folder for everyone: a classifier, or a masked LM that is a sentence encoder, too.
 
@@ -505,7 +542,6 @@ def save_model(
     files = {**model.files_to_save(), **tokenizer.files()}
     extra: Mapping[str, Mapping[str, Tensor]] = {}
     if not isinstance(model, ClassifierModel):
-        settings = Settings(max_seq_length=max_seq_length)
         layout, extra = layout_files(settings, Pooling(model.config.hidden_size), [Normalize()])
         files |= layout
     save_folder(folder, files=files, tensors=weights, extra_tensors=extra)

@@ -27,10 +27,9 @@ def masked_lm(
     tokens only.
     """
     chosen = (labels >= 0).nonzero().squeeze(1)
-    hidden = model.model(batch).last_hidden_state[chosen]
-    logits = model.decoder(model.head(hidden)).float()
-    targets = labels[chosen]
-    return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
+    hidden = model.head(model.model(batch).last_hidden_state[chosen])
+    decoder = model.decoder
+    return kernels.linear_cross_entropy(hidden, decoder.weight, decoder.bias, labels[chosen])
 
 
 def vectors(model: ModernBertForMaskedLM, batch: PackedBatch) -> Tensor:

@@ -31,6 +31,8 @@ class Data:
     Attributes:
         files: glob patterns of .jsonl(.gz), .txt(.gz) or .parquet files, relative to the recipe.
         fields: the texts of a record; for contrastive training anchor, positive, any negatives.
+        prompts: what is put before each of the fields, for example ["query: ", "passage: "]; a
+            teacher reads the texts without them.
         label: the field that holds a class; in token classification a list of classes, one for
             each word of the list of words that the text then is.
         validation: share of the records, chosen by the hash of the first field, that is never
@@ -40,6 +42,7 @@ class Data:
 
     files: tuple[str, ...]
     fields: tuple[str, ...] = ("text",)
+    prompts: tuple[str, ...] = ()
     label: str | None = None
     validation: float = 0.0
     teacher: str | None = None
@@ -114,14 +117,18 @@ class Start:
 
     Attributes:
         checkpoint: folder or name of a model to go on from.
-        tile: folder or name of a smaller model that is tiled into the larger one.
+        tile: folder or name of a smaller model, or one of the same size, that is tiled into this
+            one; where its tokenizer is another, its embeddings are carried over to the recipe's.
         embeddings_from: sentence-transformers name or folder; each token embedding starts at its
             vector of the token's string.
+        directions: the data/directions.npy of an earlier run, which the weights come from: the
+            teacher's vectors are turned as they were there, instead of by their own directions.
     """
 
     checkpoint: str | None = None
     tile: str | None = None
     embeddings_from: str | None = None
+    directions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +148,8 @@ class Recipe:
         dtype: of the arithmetic; weights and optimizer are float32.
         device: "auto", "cpu", "cuda".
         betas, eps: of StableAdamW.
-        threads: CPU threads of this process; 0 for one per core. Resuming on another number is
-            refused where bits depend on it.
+        threads: CPU threads of this process; 0 for one per core. Going on with another number is
+            allowed, and changes the last bits.
         gradient_checkpointing: recompute layers in the backward pass.
         parallel: "ddp" or "fsdp" where torchrun starts several processes.
         checkpoint_steps: between checkpoints.
@@ -153,6 +160,7 @@ class Recipe:
             which a phase ends; however it ends, its best weights are kept. 0 for neither.
         workers: processes that tokenise.
         max_seq_length: tokens of the longest text of the finished sentence encoder.
+        prompt: what the finished sentence encoder puts before every text.
     """
 
     name: str
@@ -179,6 +187,7 @@ class Recipe:
     early_stopping: int = 0
     workers: int = 1
     max_seq_length: int = 8192
+    prompt: str = ""
     folder: str = "."  # of the recipe file; set by read_recipe
 
     def path(self, relative: str) -> Path:
@@ -330,6 +339,11 @@ def _check(recipe: Recipe, source: str) -> None:
             )
         if not data.files or not data.fields:
             raise ValueError(f"{source}: data.{name} needs files and fields")
+        if data.prompts and (data.label or len(data.prompts) != len(data.fields)):
+            raise ValueError(
+                f"{source}: data.{name}.prompts needs one prompt for each of the "
+                f"{len(data.fields)} fields, and no label"
+            )
 
 
 def _check_heads(recipe: Recipe, source: str) -> None:

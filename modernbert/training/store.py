@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import operator
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -82,6 +83,7 @@ def build_store(
     tokenizer: Tokenizer,
     *,
     fields: Sequence[str] = ("text",),
+    prompts: Sequence[str] = (),
     split: str = "train",
     validation: float = 0.0,
     workers: int = 1,
@@ -97,6 +99,7 @@ def build_store(
         tokenizer: its special tokens are neither added nor recognised: "[MASK]" in a text is
             ordinary text.
         fields: the texts of a record, for example ("anchor", "positive", "negative").
+        prompts: what is put before each of them, for example ("query: ", "passage: ").
         split: "train" or "validation", by the hash of the first field, or "all".
         validation: the share of records that are held out.
         workers: processes that tokenise; with 1 it is this one, on all its cores unless
@@ -109,6 +112,8 @@ def build_store(
         raise ValueError(f"split is {split!r}; choose from {', '.join(SPLITS)}")
     if isinstance(fields, str) or not fields:
         raise ValueError(f"fields is {fields!r}; give a list of names, such as ['text']")
+    if prompts and len(prompts) != len(fields):
+        raise ValueError(f"there are {len(prompts)} prompts for {len(fields)} fields; give as many")
     if workers < 1:
         raise ValueError(f"workers is {workers}; give at least 1")
     patterns = [sources] if isinstance(sources, str | os.PathLike) else sources
@@ -117,6 +122,7 @@ def build_store(
     made_from: dict[str, Any] = {
         "format": FORMAT,
         "fields": list(fields),
+        "prompts": list(prompts),
         "split": split,
         "validation": validation,
         "vocab_size": tokenizer.vocab_size,
@@ -137,7 +143,7 @@ def build_store(
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         with open(fresh / TOKENS, "xb") as file:
             _write_header(file, dtype, 0)
-            chunks = _chunks(paths, fields, wanted)
+            chunks = _chunks(paths, fields, prompts or [""] * len(fields), wanted)
             with closing(_tokenised(chunks, tokenizer_json, workers)) as results:
                 for ids, sizes in results:
                     assert ids.max(initial=0) <= np.iinfo(dtype).max
@@ -187,7 +193,10 @@ def _reusable(folder: str | os.PathLike[str], made_from: dict[str, Any]) -> Toke
 
 
 def _chunks(
-    paths: Sequence[str], fields: Sequence[str], wanted: Callable[[str], bool]
+    paths: Sequence[str],
+    fields: Sequence[str],
+    prompts: Sequence[str],
+    wanted: Callable[[str], bool],
 ) -> Iterator[list[str]]:
     chunk: list[str] = []
     characters = 0
@@ -195,7 +204,7 @@ def _chunks(
         texts = [_text(record, field, place) for field in fields]
         if not wanted(texts[0]):
             continue
-        chunk += texts
+        chunk += map(operator.add, prompts, texts)
         characters += sum(map(len, texts))
         if len(chunk) >= CHUNK_TEXTS or characters >= CHUNK_CHARACTERS:
             yield chunk

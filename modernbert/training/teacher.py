@@ -105,3 +105,25 @@ def rotation(vectors: np.ndarray, width: int, sample: int = 100_000) -> np.ndarr
     chosen = directions[:, order]
     signs = np.sign(chosen[np.abs(chosen).argmax(0), np.arange(chosen.shape[1])])
     return (chosen * signs).astype(np.float32)
+
+
+def write_directions(path: Path, directions: np.ndarray) -> None:
+    """Keep the result of `rotation`, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as out:
+        np.save(out, directions, allow_pickle=False)
+    part.replace(path)
+
+
+def read_directions(path: Path, width: int) -> np.ndarray:
+    """(width, width) float32 as `write_directions` kept them.
+
+    Raises `ValueError` for a file that is not there or is none, and for another width.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no file of directions: {error}") from None
+    if found.shape != (width, width):
+        raise ValueError(f"{path} holds {found.shape} directions; the teacher has {width}")
+    return np.asarray(found, dtype=np.float32)

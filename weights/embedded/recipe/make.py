@@ -14,6 +14,8 @@ from pathlib import Path
 
 import click
 
+from modernbert.sentence_layout import Settings
+
 HERE = Path(__file__).parent
 FOLDER = click.Path(file_okay=False, path_type=Path)
 KEPT = ("log.jsonl", "training.png")
@@ -26,19 +28,20 @@ KEPT = ("log.jsonl", "training.png")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe.")
 def main(data: Path, out: Path, into: Path, settings: tuple[str, ...]) -> None:
     """Run every step that is not done yet."""
-    from modernbert.training.loop import Trainer
+    from modernbert.training.loop import Trainer, settings_of
     from modernbert.training.recipe import read_recipe
 
     if not (out / "data" / "sources.json").is_file():
         command = [sys.executable, str(HERE / "prepare.py"), "--data", str(data)]
         subprocess.run([*command, "--out", str(out / "data")], check=True)
     shutil.copy(HERE / "mini.toml", out / "mini.toml")
-    model = Trainer(read_recipe(out / "mini.toml", settings)).run()
+    recipe = read_recipe(out / "mini.toml", settings)
+    model = Trainer(recipe).run()
     if model is None:
         raise SystemExit("stopped; run the same command to go on")
     figures = out / "figures.json"
     evaluate(model, data, figures)
-    export(model, into, json.loads(figures.read_text("utf-8")))
+    export(model, into, settings_of(recipe), json.loads(figures.read_text("utf-8")))
     (into / "recipe").mkdir(exist_ok=True)
     for name in KEPT:
         shutil.copy(out / "run" / name, into / "recipe" / name)
@@ -55,7 +58,7 @@ def evaluate(model: Path, data: Path, figures: Path) -> None:
     subprocess.run([*command, "--json", str(figures)], check=True)
 
 
-def export(model: Path, into: Path, figures: dict) -> None:
+def export(model: Path, into: Path, settings: Settings, figures: dict) -> None:
     """Write the finished model in float16, with its card, in the layout that everyone loads."""
     import torch
 
@@ -68,7 +71,7 @@ def export(model: Path, into: Path, figures: dict) -> None:
         masked_lm.tensors_to_save(),
         Tokenizer.from_pretrained(model),
         into,
-        max_seq_length=8192,
+        settings,
     )
     card = (HERE / "card.md").read_text("utf-8").replace("{{figures}}", table(figures))
     (into / "README.md").write_text(card, "utf-8")

@@ -5,7 +5,8 @@ beside this interpreter, and writes to `--out`:
 
     wikipedia.jsonl.gz   {"text"}: whole documents, for masked language modelling;
     other.jsonl.gz       books, technical documents and Python sources
-    texts.jsonl.gz       {"text"}: sentences, paragraphs, phrases and words, for distillation
+    words.jsonl.gz       {"text"}: frequent words, for distillation
+    texts.jsonl.gz       {"text"}: sentences, paragraphs and phrases, for distillation
     pairs.jsonl.gz       {"anchor", "positive"}: what belongs together, for contrastive training
     triplets.jsonl.gz    {"anchor", "positive", "negative"}
     tokenizer/           byte-level BPE with ModernBERT's special tokens and whitespace runs
@@ -42,7 +43,9 @@ from modernbert.evaluation.code_retrieval import in_test_split
 SEED = 17
 VOCABULARY = 16_384
 WORDS, CODE_FILES = 40_000, 4_000
-# Articles that give sentences from everywhere; the others give their title and first sentence.
+# Words that the tokenizer's sample repeats: as single tokens they can be learnt one by one.
+WHOLE_WORDS, REPEATED = 10_000, 400
+# Articles that give phrases and paragraphs, too; the others give single sentences.
 WHOLE_ARTICLES = 2_182
 PACKAGES = ("numpy", "scipy", "sklearn", "torch", "transformers", "matplotlib", "sympy", "click")
 ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "st", "vs", "etc", "jr", "sr", "no", "e.g", "i.e", "cf"}
@@ -89,7 +92,7 @@ def sentences(paragraph: str) -> Iterator[str]:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Non-empty lines; '&' runs of hard-wrapped text are joined where a line has no end mark."""
+    """Lines that are not empty, without the white space around them."""
     for line in text.split("\n"):
         line = line.strip()
         if line:
@@ -220,26 +223,38 @@ def collect_triplets(sources: Sources) -> Iterator[dict]:
 
 
 def words() -> list[str]:
-    """Frequent English words; a third of them capitalised as at the start of a sentence."""
+    """Frequent English words, the most frequent first."""
     import wordfreq
 
     return [word for word in wordfreq.top_n_list("en", WORDS) if word.isalpha()]
 
 
-def collect_texts(
-    sources: Sources, wikipedia: list[dict], books: list[dict], pairs: list[dict]
-) -> Iterator[str]:
-    """Everything whose vector the student learns, in no particular order."""
-    rng = np.random.Generator(np.random.PCG64(SEED))
+def collect_words(rng: np.random.Generator) -> Iterator[str]:
+    """Words whose vector the student learns; a third of them also as at the start of a sentence."""
     for word in words():
         yield word
-        yield f" {word}"  # the form it has in running text
         if rng.random() < 0.3:
             yield word.capitalize()
+
+
+def collect_texts(
+    rng: np.random.Generator,
+    sources: Sources,
+    wikipedia: list[dict],
+    books: list[dict],
+    pairs: list[dict],
+) -> Iterator[str]:
+    """Longer texts whose vector the student learns, in no particular order."""
+    more = np.random.Generator(np.random.PCG64(SEED + 1))
     for index, record in enumerate(wikipedia):
         yield record["title"]
         if index >= WHOLE_ARTICLES:
-            yield next(sentences(record["text"].split("\n")[0]))
+            first, *others = record["text"].split("\n")
+            yield next(sentences(first))
+            for paragraph in others:
+                for sentence in sized(sentences(paragraph), 3, 40):
+                    if more.random() < 0.15:
+                        yield sentence
             continue
         for paragraph in paragraphs(record["text"]):
             split = list(sentences(paragraph))
@@ -253,7 +268,7 @@ def collect_texts(
                     start = int(rng.integers(0, max(1, len(tokens) - size)))
                     phrase = " ".join(tokens[start : start + size]).strip('.,;:()"')
                     if phrase:
-                        yield f" {phrase}" if draw < 0.10 else phrase
+                        yield phrase
             if len(split) > 2 and rng.random() < 0.01:
                 yield " ".join(paragraph.split()[:150])
     for record in books:
@@ -322,12 +337,14 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def sample_for_tokenizer(documents: Iterable[dict], texts: Iterable[str]) -> Iterator[str]:
-    """A third of the documents, and the words, so that frequent ones become single tokens."""
+def sample_for_tokenizer(documents: Iterable[str]) -> Iterator[str]:
+    """A third of the documents, and frequent words as in running text, many times."""
     for index, document in enumerate(documents):
         if index % 3 == 0:
-            yield document["text"]
-    yield from texts
+            yield document
+    for word in words()[:WHOLE_WORDS]:
+        for _ in range(REPEATED):
+            yield f" {word}"
 
 
 @click.command()
@@ -354,11 +371,14 @@ def main(data: Path, out: Path) -> None:
         "pairs": write(out / "pairs.jsonl.gz", pairs),
         "triplets": write(out / "triplets.jsonl.gz", collect_triplets(sources)),
     }
-    texts = list(dict.fromkeys(collect_texts(sources, wikipedia, books, pairs)))
-    counts["texts"] = write(out / "texts.jsonl.gz", ({"text": text} for text in texts))
-    train_tokenizer(
-        sample_for_tokenizer(articles + other, (f" {word}" for word in words())), out / "tokenizer"
-    )
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    collections = {"words": collect_words(rng)}
+    collections["texts"] = collect_texts(rng, sources, wikipedia, books, pairs)
+    for name, texts in collections.items():
+        records = ({"text": text} for text in dict.fromkeys(texts))
+        counts[name] = write(out / f"{name}.jsonl.gz", records)
+    documents = (record["text"] for record in articles + other)
+    train_tokenizer(sample_for_tokenizer(documents), out / "tokenizer")
     listing = {"counts": counts, "sources": sources.read}
     (out / "sources.json").write_text(json.dumps(listing, indent=2, sort_keys=True) + "\n")
     click.echo(json.dumps(counts))
