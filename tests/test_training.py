@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from tiny_training import SPECIAL, log, train, write_material
 
 from modernbert import ModernBertForMaskedLM, SentenceEncoder
 from modernbert.cli import main
@@ -27,7 +27,6 @@ from modernbert.training.report import smooth
 from modernbert.training.store import TokenStore
 from modernbert.training.teacher import rotation, teacher_vectors
 
-SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 RECIPE = """
 name = "tiny"
 output = "run"
@@ -97,19 +96,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a word tokenizer, documents and pairs made of a few words."""
     folder = tmp_path_factory.mktemp("material")
     words = [f"word{i}" for i in range(60)]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *words])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.add_special_tokens(SPECIAL)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-    )
-    (folder / "tokenizer").mkdir()
-    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
-    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("unk", "cls", "sep", "pad", "mask")}
-    (folder / "tokenizer" / "special_tokens_map.json").write_text(json.dumps(names))
     draw = random.Random(5)
 
     def text(low: int, high: int) -> str:
@@ -118,25 +104,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     documents = [{"text": text(3, 50)} for _ in range(120)]
     pairs = [{"anchor": text(2, 9), "positive": text(3, 20)} for _ in range(40)]
-    for name, records in (("documents", documents), ("pairs", pairs)):
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text(lines)
-    (folder / "recipe.toml").write_text(RECIPE)
-    return folder
-
-
-def train(folder: Path, output: Path, *settings: str) -> Path | None:
-    recipe = read_recipe(folder / "recipe.toml", [f"output={str(output)!r}", *settings])
-    return loop.Trainer(recipe).run()
-
-
-def log(output: Path) -> list[dict]:
-    """The log without the figures that depend on the clock."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "utilisation")}
-        for line in lines
-    ]
+    return write_material(folder, RECIPE, words, documents=documents, pairs=pairs)
 
 
 @pytest.fixture(scope="module")

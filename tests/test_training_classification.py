@@ -1,15 +1,14 @@
 """Fine-tuning of classification heads: labels, learning, early stopping, resuming, saving."""
 
-import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_training import log, train, write_material, write_records
 
 from modernbert import (
     ModernBertForSequenceClassification,
@@ -27,7 +26,6 @@ from modernbert.training.classification import (
 )
 from modernbert.training.recipe import Data, read_recipe
 
-SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 WORDS = [f"word{i}" for i in range(40)]
 RECIPE = """
 name = "tiny"
@@ -79,19 +77,6 @@ PER_WORD = ("phases.0.tasks.0.objective=token-classification", "phases.0.tasks.0
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A word tokenizer; texts whose mood, and words whose tag, follow from the words."""
     folder = tmp_path_factory.mktemp("material")
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, "-"])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.add_special_tokens(SPECIAL)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-    )
-    (folder / "tokenizer").mkdir()
-    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
-    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("unk", "cls", "sep", "pad", "mask")}
-    (folder / "tokenizer" / "special_tokens_map.json").write_text(json.dumps(names))
     draw = random.Random(3)
     texts, words = [], []
     for _ in range(150):
@@ -101,28 +86,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chosen = draw.choices(range(40), k=draw.randint(2, 6))
         tags = ["ODD" if i % 2 else "EVEN" for i in chosen]
         words.append({"tokens": [f"word{i}-word{i}" for i in chosen], "tags": tags})
-    for name, records in (("texts", texts), ("words", words)):
-        write(folder / f"{name}.jsonl", records)
-    (folder / "recipe.toml").write_text(RECIPE)
-    return folder
-
-
-def write(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def train(folder: Path, output: Path, *settings: str) -> Path | None:
-    recipe = read_recipe(folder / "recipe.toml", [f"output={str(output)!r}", *settings])
-    return loop.Trainer(recipe).run()
-
-
-def log(output: Path) -> list[dict]:
-    """The log without the figures that depend on the clock."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "utilisation")}
-        for line in lines
-    ]
+    return write_material(folder, RECIPE, [*WORDS, "-"], texts=texts, words=words)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +140,7 @@ def test_a_pair_is_one_text(material):
 
 def test_the_split_is_whole_and_by_document(tmp_path):
     records = [{"text": f"text {i % 50}", "label": i % 3} for i in range(100)]
-    write(tmp_path / "x.jsonl", records)
+    write_records(tmp_path / "x.jsonl", records)
     data = Data(("x.jsonl",), label="label", validation=0.3)
     train_part, held_out = read_examples(
         data, [str(tmp_path / "x.jsonl")], "sequence-classification"
@@ -204,7 +168,7 @@ def test_the_split_is_whole_and_by_document(tmp_path):
 )
 def test_a_wrong_record_is_refused_with_its_line(tmp_path, record, objective, message):
     good = {"text": ["a"], "label": ["x"]} if "token" in objective else {"text": "a", "label": "x"}
-    write(tmp_path / "x.jsonl", [good, record])
+    write_records(tmp_path / "x.jsonl", [good, record])
     with pytest.raises(ValueError, match=f"x.jsonl.*2.*{message}"):
         read_examples(Data(("x",), label="label"), [str(tmp_path / "x.jsonl")], objective)
 
@@ -322,7 +286,9 @@ def test_a_classifier_keeps_its_ids_and_learns_no_new_class(material, whole, tmp
     start = f"start.checkpoint={str(whole / 'model')!r}"
     recipe = read_recipe(material / "recipe.toml", [start, f"output={str(tmp_path)!r}"])
     assert loop.Trainer(recipe)._model().config.label2id == {"glad": 0, "sad": 1}
-    write(tmp_path / "texts.jsonl", [{"text": "word1", "mood": m} for m in ("glad", "grey")])
+    write_records(
+        tmp_path / "texts.jsonl", [{"text": "word1", "mood": m} for m in ("glad", "grey")]
+    )
     changed = f"data.texts.files=[{str(tmp_path / 'texts.jsonl')!r}]"
     with pytest.raises(ValueError, match="knows glad, sad, not 'grey'"):
         train(material, tmp_path / "run", start, changed)

@@ -1,6 +1,5 @@
 """FSDP2 on two CPU processes: the numbers and the files of one process."""
 
-import json
 import os
 import random
 import socket
@@ -9,15 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file
+from tiny_training import log, write_material
 
 from modernbert import ModernBertForMaskedLM
 from modernbert.training import loop
 from modernbert.training.recipe import read_recipe
 
-SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 # The first steps have one row: the second process must run the layers without one. The pairs of a
 # step fill a different number of micro-batches in each process.
 RECIPE = """
@@ -86,19 +84,6 @@ run(sys.argv[3], None)
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("material")
     words = [f"word{i}" for i in range(40)]
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *words])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.add_special_tokens(SPECIAL)
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
-    )
-    (folder / "tokenizer").mkdir()
-    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
-    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("unk", "cls", "sep", "pad", "mask")}
-    (folder / "tokenizer" / "special_tokens_map.json").write_text(json.dumps(names))
     draw = random.Random(7)
 
     def text(low: int, high: int) -> str:
@@ -106,19 +91,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     documents = [{"text": text(3, 30)} for _ in range(60)]
     pairs = [{"anchor": text(2, 20), "positive": text(2, 20)} for _ in range(24)]
-    for name, records in (("documents", documents), ("pairs", pairs)):
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text(lines)
-    (folder / "recipe.toml").write_text(RECIPE)
-    return folder
-
-
-def log(output: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "utilisation")}
-        for line in lines
-    ]
+    return write_material(folder, RECIPE, words, documents=documents, pairs=pairs)
 
 
 def test_two_sharded_processes_train_like_one(material, tmp_path):

@@ -297,7 +297,7 @@ class Trainer:
             task.load_state_dict(saved)
         for group in self.optimizer.param_groups:
             group["max_lr"] = phase.learning_rate
-            group["weight_decay"] = phase.weight_decay if group["params"][0].ndim > 1 else 0.0
+            group["weight_decay"] = phase.weight_decay if group["decays"] else 0.0
         peak = self._peak()
         line: dict[str, Any] = {"step": state["step"], "tokens": state["tokens"]}
         line["phase"] = phase.name

@@ -16,7 +16,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters of `model` in two groups: those that decay, and the rest.
+    """The trainable parameters of `model` in two groups: those that decay ("decays"), and the rest.
 
     Matrices and embedding tables decay; biases and whatever has at most one dimension do not.
     A tied tensor appears once. A group without parameters is left out.
@@ -28,8 +28,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             plain = parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
             (decayed if plain else others).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay, "decays": True},
+        {"params": others, "weight_decay": 0.0, "decays": False},
     ]
     return [group for group in groups if group["params"]]
 
