@@ -126,6 +126,24 @@ def test_every_distinct_text_is_encoded_once() -> None:
     )
 
 
+def test_leading_dimensions_of_a_model_that_is_opened_once() -> None:
+    opened: list[Letters] = []
+
+    def open_encoder() -> Letters:
+        opened.append(Letters())
+        return opened[-1]
+
+    subject = Subject("letters", open_encoder)
+    short = subject.truncated(2)
+    assert short.name == "letters [:2]"
+    np.testing.assert_array_equal(short.embed(["abc", "c"]), subject.embed(["abc", "c"])[:, :2])
+    assert len(opened) == 1
+    with pytest.raises(ValueError, match="its vectors have [0-9]+ dimensions"):
+        subject.truncated(1000).embed(["a"])
+    with pytest.raises(ValueError, match="dims is 0"):
+        subject.truncated(0)
+
+
 @pytest.mark.parametrize("kind", ["tensor", "list", "float16"])
 def test_vectors_may_come_in_any_form(kind: str) -> None:
     class Model:
@@ -928,6 +946,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(group, more).exit_code == 0
     both = Results.load(tmp_path / "out.json")
     assert (both.models, len(both.scores)) == (["a", "b", "c"], 9)
+    short = CliRunner().invoke(group, [*arguments, "--dims", "2", "--dims", "1"])
+    columns = [cell.strip() for cell in short.stdout.split("\n")[0].split("|")]
+    assert [c for c in columns if "[" in c] == ["a [:2]", "a [:1]", "b [:2]", "b [:1]"]
     for wrong, message in (
         (["evaluate"], "name a MODEL"),
         (["evaluate", "letters:a"], "--data is missing"),

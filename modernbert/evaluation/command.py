@@ -18,6 +18,7 @@ OUTPUT = click.Path(dir_okay=False, path_type=Path)
 @option("--task", "tasks", multiple=True, metavar="NAME", help='Only this task: "STS-B test".')
 @option("--data", type=FOLDER, help="Folder with the evaluation sets.")
 @option("--pairs", multiple=True, type=FILE, help="File of word TAB word TAB score.")
+@option("--dims", multiple=True, type=int, help="Also with that many leading dimensions.")
 @option("--with", "earlier", multiple=True, type=FILE, help="JSON of an earlier run, to compare.")
 @option("--preset", type=click.Choice(PRESETS), help="Print a published comparison beside.")
 @option("--json", "json_file", type=OUTPUT, help="Write all figures there, as they come.")
@@ -31,6 +32,7 @@ def evaluate(
     tasks: tuple[str, ...],
     data: Path | None,
     pairs: tuple[Path, ...],
+    dims: tuple[int, ...],
     earlier: tuple[Path, ...],
     preset: str | None,
     json_file: Path | None,
@@ -59,6 +61,7 @@ def evaluate(
     if not models and not earlier and not preset:
         raise ValueError("name a MODEL, a --preset, or an earlier run with --with")
     subjects = [load_subject(name, device=device, dtype=dtype) for name in models]
+    subjects += [subject.truncated(width) for subject in subjects for width in dims]
     unavailable: dict[str, str] = {}
     if preset:
         more, unavailable = open_rows(presets[preset], device=device, dtype=dtype)

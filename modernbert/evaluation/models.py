@@ -48,6 +48,15 @@ class Subject:
         self._open_encoder = open_encoder
         self._open_masked_lm = open_masked_lm
         self._open_tokenizer = open_tokenizer
+        self.dims: int | None = None
+
+    def truncated(self, dims: int) -> "Subject":
+        """This model with the leading `dims` of its vectors; opened once for both."""
+        if dims < 1:
+            raise ValueError(f"dims is {dims}; keep at least 1 dimension")
+        other = Subject(f"{self.name} [:{dims}]", lambda: self.encoder)
+        other.dims = dims
+        return other
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -89,6 +98,10 @@ class Subject:
             )
         if not np.isfinite(vectors).all():
             raise ValueError(f"{self.name}: encode gave vectors with NaN or infinity")
+        if self.dims is not None:
+            if self.dims > vectors.shape[1]:
+                raise ValueError(f"{self.name}: its vectors have {vectors.shape[1]} dimensions")
+            vectors = vectors[:, : self.dims]
         return vectors[[unique[text] for text in texts]]
 
 
