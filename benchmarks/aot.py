@@ -5,8 +5,8 @@
 
 The library's own functions are called on small CPU tensors; where they would launch a kernel, it is
 compiled for the target instead, with the very arguments of the launch. So what is checked is what
-ships: that it compiles, that its shared memory is within the architecture's limit, that attention
-runs on tensor cores, and that registers do not spill beyond a bound. Exit code 1 otherwise.
+ships: that it compiles, that its shared memory is within the architecture's limit, that products
+run on tensor cores, and that registers do not spill beyond a bound. Exit code 1 otherwise.
 """
 
 import argparse
@@ -33,13 +33,19 @@ from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from modernbert.kernels import triton_attention, triton_elementwise  # noqa: E402
+from modernbert.kernels import (  # noqa: E402
+    triton_attention,
+    triton_elementwise,
+    triton_gemm,
+    triton_quantize,
+)
 
 # Shared memory that a block (on sm_75: a multiprocessor) has, in KiB.
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 SPILLED = 0  # bytes a thread may spill to memory
 LENGTHS, WINDOW, HEADS, SIZE, VOCABULARY = (130, 33), 64, 12, 64, 50_368
 HIDDEN, INTERMEDIATE = 768, 1152
+MANY = 4096  # tokens of a linear layer with large tiles
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -131,6 +137,12 @@ def _loss(dtype: torch.dtype) -> None:
     triton_elementwise.linear_cross_entropy(x, weight, None, labels)[0].backward()
 
 
+def _quantize(dtype: torch.dtype, codes: torch.dtype) -> None:
+    triton_quantize.quantize_rows(torch.zeros(64, HIDDEN, dtype=dtype), codes)
+    sums = torch.zeros(64, HIDDEN, dtype=torch.int32 if codes == torch.int8 else torch.float32)
+    triton_quantize.rescale(sums, torch.zeros(64, 1), torch.zeros(1, HIDDEN), dtype)
+
+
 def _attention(
     dtype: torch.dtype, *, local: bool, rope: bool = True, some: bool = False, train: bool = True
 ) -> None:
@@ -145,6 +157,25 @@ def _attention(
         triton_attention.attention(qkv.detach(), *rotation, plan, local=local)
 
 
+def _linear(
+    dtype: torch.dtype,
+    inputs: int,
+    outputs: int,
+    *,
+    tokens: int = MANY,
+    norm: bool = False,
+    add: bool = False,
+    gated: bool = False,
+    narrow: bool = False,
+) -> None:
+    x, weight = torch.zeros(tokens, inputs, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype)
+    sums = torch.zeros(outputs) if norm else None
+    residual = torch.zeros(tokens, outputs, dtype=dtype) if add else None
+    triton_gemm.linear(
+        x, weight, sums=sums, residual=residual, eps=1e-5, gated=gated, narrow=narrow
+    )
+
+
 def _starts() -> Tensor:
     return torch.tensor([0, LENGTHS[0], sum(LENGTHS)], dtype=torch.int32)
 
@@ -156,6 +187,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "rope": _rope,
     "pool": _pool,
     "loss": _loss,
+    "quantize, int8": lambda dtype: _quantize(dtype, torch.int8),
+    "quantize, fp8": lambda dtype: _quantize(dtype, torch.float8_e4m3fn),
     "attention, window": lambda dtype: _attention(dtype, local=True, train=False),
     "attention, full": lambda dtype: _attention(dtype, local=False, train=False),
     "attention, full, turned before": lambda dtype: _attention(
@@ -166,7 +199,22 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "attention, window, query-only": lambda dtype: _attention(
         dtype, local=True, some=True, train=False
     ),
+    "linear, norm": lambda dtype: _linear(dtype, HIDDEN, 3 * HIDDEN, norm=True),
+    "linear, norm and gate": lambda dtype: _linear(
+        dtype, HIDDEN, 2 * INTERMEDIATE, norm=True, gated=True
+    ),
+    "linear, residual": lambda dtype: _linear(dtype, INTERMEDIATE, HIDDEN, add=True),
+    "linear, norm and gate, few tokens": lambda dtype: _linear(
+        dtype, HIDDEN, 2 * INTERMEDIATE, tokens=64, norm=True, gated=True
+    ),
+    "linear, residual, few tokens": lambda dtype: _linear(
+        dtype, INTERMEDIATE, HIDDEN, tokens=64, add=True
+    ),
+    "linear, narrow": lambda dtype: _linear(
+        dtype, HIDDEN, 2 * INTERMEDIATE, norm=True, gated=True, narrow=True
+    ),
 }
+PRODUCTS = ("attention", "linear")  # cases that need tensor cores
 
 
 # -- what is found out ------------------------------------------------------------------------
@@ -208,7 +256,7 @@ def compile_case(case: str, arch: int, dtype: str) -> list[Compiled]:
             problem = f"{shared} bytes of shared memory, {SHARED[arch]} KiB is the limit"
         elif spilled > SPILLED:
             problem = f"spills {spilled} bytes, {SPILLED} are allowed"
-        elif case.startswith("attention") and not count:
+        elif case.startswith(PRODUCTS) and not count:
             problem = "uses no tensor cores"
         warps, stages = kernel.metadata.num_warps, kernel.metadata.num_stages
         rows[kernel.hash] = Compiled(
@@ -223,17 +271,25 @@ def compile_case(case: str, arch: int, dtype: str) -> list[Compiled]:
 def targets(
     archs: list[int], dtypes: list[str], cases: list[str]
 ) -> Iterator[tuple[str, int, str]]:
-    """Every combination that can run: sm_75 has no bfloat16, and attention needs tensor cores."""
+    """Every combination that can run.
+
+    sm_75 has no bfloat16, products need tensor cores, fp8 is converted from sm_89 on, and a narrow
+    sum is one of float16 products.
+    """
     for arch in archs:
         for dtype in dtypes:
             for case in cases:
-                if arch < 80 and (dtype == "bfloat16" or case.startswith("attention")):
+                if arch < 80 and (dtype == "bfloat16" or case.startswith(PRODUCTS)):
+                    continue
+                if arch < 89 and case.endswith("fp8"):
+                    continue
+                if dtype == "bfloat16" and case.endswith("narrow"):
                     continue
                 yield case, arch, dtype
 
 
 def line(row: Compiled) -> str:
-    what = f"sm_{row.arch} {row.dtype:8} {row.case:30} {row.kernel:18}"
+    what = f"sm_{row.arch} {row.dtype:8} {row.case:34} {row.kernel:18}"
     needs = f"{row.shared:7} {row.registers:5} {row.spilled:5} {row.products:5}"
     return f"{what} {needs} {row.warps:5} {row.stages:6}  {row.failure or 'ok'}"
 
@@ -247,7 +303,7 @@ def main() -> int:
     parser.add_argument("--file", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     cases = [case for case in CASES if options.only in case]
-    heading = f"{'':6}{'dtype':9} {'case':30} {'kernel':18} {'shared':>7} {'regs':>5} "
+    heading = f"{'':6}{'dtype':9} {'case':34} {'kernel':18} {'shared':>7} {'regs':>5} "
     print(f"{heading}{'spill':>5} {'mma':>5} {'warps':>5} {'stages':>6}")
     rows: list[Compiled] = []
     for case, arch, dtype in targets(options.arch, options.dtype, cases):

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from . import blocked, dispatch, first_token, flash, inference, reference, turing
 from .dispatch import BACKENDS, BackendStatus
+from .reference import LARGEST
 
 __all__ = [
     "BACKENDS",
+    "LARGEST",
     "AttentionPlan",
     "BackendStatus",
     "add_layer_norm",
@@ -33,6 +35,8 @@ __all__ = [
     "linear_cross_entropy",
     "mean_pool",
     "plan_attention",
+    "quantize_rows",
+    "rescale",
     "rope",
     "rotary_attention",
     "token_budget",
@@ -81,30 +85,37 @@ def plan_attention(
     backend: str = "auto",
     head_size: int = 64,
     dropout: float = 0.0,
+    deterministic: bool = False,
 ) -> AttentionPlan:
     """Prepare attention for packed sequences.
 
     Args:
         cu_seqlens: (B + 1,) int32, where each sequence starts.
         total: T, the tokens of all sequences.
-        lengths: tokens of each sequence on the host; None inside a compiled graph, which must
-            hold for all lengths (the blocked and the Triton backend only).
+        lengths: tokens of each sequence on the host; None where a plan must hold for all lengths:
+            in a graph, captured (`dispatch.CAPTURABLE`) or compiled (blocked or Triton).
         window: reach of local layers to each side, both ends included; None: no layer is local.
         query_only: (T,) bool, tokens that nobody attends to.
         dtype: of q, k and v.
         backend: "auto" or one of `BACKENDS`.
         head_size: d.
         dropout: of the attention weights; only the reference and the blocked backend have any.
+        deterministic: flash-attn's backward pass agrees with itself to the last bit, as all do
+            under `torch.use_deterministic_algorithms(True)`.
 
     Raises `ValueError` for an unknown backend, and for one that cannot run here, with the reason.
     """
     device = cu_seqlens.device
     drops = True if dropout else False  # a branch: a compiled graph needs a constant
-    case = (device.type, device.index, dtype, torch.is_grad_enabled(), head_size, drops)
+    compiling = torch.compiler.is_compiling()
+    case = (
+        *(device.type, device.index, dtype, torch.is_grad_enabled(), head_size, drops),
+        deterministic and not torch.are_deterministic_algorithms_enabled(),
+    )
     name = backend
     if backend == "auto":
         name = dispatch.backend_for(*case)
-        if lengths is None and name != "triton":
+        if compiling and name != "triton":
             name = "blocked"
     elif backend not in BACKENDS:
         raise ValueError(f"attention={backend!r}; choose one of auto, {', '.join(BACKENDS)}")
@@ -119,14 +130,14 @@ def plan_attention(
 
         inner = triton_attention.plan(cu_seqlens, total, lengths, window, keys)
     elif name != "reference":
-        if lengths is None:
+        if compiling:
             raise ValueError(f"attention={name!r} does not compile: use auto, blocked or triton")
         facts = (cu_seqlens, total, lengths, window, keys, dtype)
         if name == "turing":
             inner = turing.plan(*facts)
         else:
             kind = dispatch.flash_kind(dispatch.this_machine(device), dispatch.Need(*case[2:]))
-            inner = flash.plan(kind, *facts)
+            inner = flash.plan(kind, *facts, deterministic)
     return AttentionPlan(name, lengths, window, keys, inner)
 
 
@@ -281,8 +292,32 @@ def linear_cross_entropy(
     return loss, (wide.argmax(-1) == labels).sum()
 
 
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, largest: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (T, D) in `dtype`, int8 or float8_e4m3fn, and scales (T, 1) float32: x = codes * scale.
+
+    The largest number of a row gets the code `largest`, by default that of `LARGEST`.
+    """
+    if largest is None and _fused(x) is not None and dispatch.runs_plainly(x):
+        from . import triton_quantize
+
+        return triton_quantize.quantize_rows(x, dtype)
+    return reference.quantize_rows(x, dtype, largest)
+
+
+def rescale(sums: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums (T, N) of products of codes, times scales (T, 1) and (1, N), in `dtype`."""
+    if dispatch.fuses_on(sums.device.type, sums.device.index, dtype):
+        if dispatch.runs_plainly(sums):
+            from . import triton_quantize
+
+            return triton_quantize.rescale(sums, rows, columns, dtype)
+    return reference.rescale(sums, rows, columns, dtype)
+
+
 def token_budget(device: torch.device | str) -> int:
-    """Tokens of a batch that keep `device` busy without filling its memory; 8192 on a CPU."""
+    """Tokens of a batch that keep `device` busy without filling its memory; 2048 on a CPU."""
     return dispatch.token_budget(dispatch.this_machine(torch.device(device)))
 
 

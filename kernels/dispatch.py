@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from itertools import takewhile
+from math import gcd
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ TRITON_HEAD_SIZES = (32, 64, 128)  # as in triton_attention, which needs Triton 
 # Distribution: the oldest version that will do.
 PACKAGES = {"triton": (3, 6), "flash-attn": (2, 5), "flash-attn-3": (3, 0), "flash-attn-4": (4, 0)}
 VARLEN_WITH_WINDOW = (2, 12)  # torch.nn.attention.varlen has had windows since
-TOKENS_PER_WAVE = {75: 2560, 80: 4608, 89: 8192, 90: 5632}  # whole waves of matrix tiles
+ROW_SCALES = ((8, 9), (9, 0), (10, 0), (10, 3))  # PyTorch's fp8 products by row and channel
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Machine:
         packages: versions of those of `PACKAGES` that are installed and can be used.
         interpreted: Triton's kernels run in its interpreter, on the CPU.
         pretended: the capability is not the device's own.
+        windows: PyTorch for it lacks some kernels.
+        processors: of the GPU; 0 where unknown.
     """
 
     device: str = "cpu"
@@ -45,6 +48,8 @@ class Machine:
     packages: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     interpreted: bool = False
     pretended: bool = False
+    windows: bool = False
+    processors: int = 0
 
     @property
     def architecture(self) -> str:
@@ -62,12 +67,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Need:
-    """What is asked of a backend: numbers in `dtype`, gradients, heads of a size, dropout."""
+    """What is asked of a backend: numbers in `dtype`, gradients, heads of a size, dropout.
+
+    `deterministic` asks for gradients that are, where PyTorch's own switch does not.
+    """
 
     dtype: torch.dtype = torch.bfloat16
     training: bool = False
     head_size: int = 64
     dropout: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,16 @@ def _turing(machine: Machine, need: Need) -> tuple[str, str]:
 
 
 def _flash(machine: Machine, need: Need) -> tuple[str, str]:
-    what = FLASH[flash_kind(machine, need)]
+    kind = flash_kind(machine, need)
+    what = FLASH[kind]
     if machine.capability is None:
         return _no_gpu(machine), what
     if machine.capability < (8, 0):
         return f"flash attention needs sm_80 or newer, this is {machine.architecture}", what
     if machine.device != "cuda":
         return f"flash attention runs on CUDA only, not on {machine.device}", what
+    if need.deterministic and need.training and kind in ("varlen", "aten"):
+        return "PyTorch's own is deterministic under torch.use_deterministic_algorithms(True)", what
     return _halves_only(need) or _shape(need, 8, 256) or _no_dropout(need), what
 
 
@@ -136,6 +148,7 @@ TABLE = {
     "triton": _triton,
 }
 BACKENDS = tuple(TABLE)
+CAPTURABLE = ("turing", "flash", "triton")  # whose plans need not know the lengths on the host
 FLASH = {
     "flash_attn_3": "flash-attn 3",
     "flash_attn_4": "flash-attn 4 (beta)",
@@ -183,17 +196,60 @@ def fuses(machine: Machine, dtype: torch.dtype) -> bool:
 def token_budget(machine: Machine) -> int:
     """Tokens of a batch that fill whole waves of a GPU's multiprocessors, as far as memory goes.
 
-    Whole waves of 128 x 256 (T4 and GeForce: 128 x 128) tiles at the widths of ModernBERT-base:
-    `wave` tokens are 3 waves of Wqkv and 1 of Wo. By arithmetic, to be confirmed by measurement.
+    Matrix tiles are 128 x 256, on T4 and GeForce 128 x 128. As many tokens as make the tiles of Wo,
+    768 wide in ModernBERT-base, a multiple of the multiprocessors do so for Wqkv, three times as
+    wide, and for attention, whose tiles times heads are four times as many or more. By arithmetic,
+    to be confirmed by measurement.
     """
-    if machine.capability is None:
+    if machine.device == "cpu":
+        return 2048  # measured: activations of base stay in the cache, as those of 4096 do not
+    if machine.capability is None or not machine.processors:
         return 8192
-    major, minor = machine.capability
-    arch = 10 * major + minor
-    wave = TOKENS_PER_WAVE[max((a for a in TOKENS_PER_WAVE if a <= arch), default=75)]
+    columns = 3 if machine.capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 6
+    wave = 128 * machine.processors // gcd(machine.processors, columns)
     # 64 KiB a token: what the widest layer holds at once in base and large, with room to spare.
     most = machine.memory * 2**30 // 4 // 2**16
     return wave * max(min(65_536, most) // wave, 1)
+
+
+def eight_bit(machine: Machine) -> list[BackendStatus]:
+    """Whether linear layers of 8 bits run on this machine, "int8" and "fp8", and how or why not."""
+    capability, states = machine.capability, []
+    for name, oldest in (("int8", (7, 5)), ("fp8", (8, 9))):
+        how = "cuBLAS" if name == "int8" or scales_rows(machine) else "cuBLAS, scaled afterwards"
+        obstacle = ""
+        if capability is None and name == "int8" and machine.device == "cpu":
+            how = "oneDNN"
+        elif capability is None:
+            obstacle = _no_gpu(machine)
+        elif capability < oldest:
+            obstacle = "needs sm_{}{} or newer, this is {}".format(*oldest, machine.architecture)
+        what = f"{how}; a scale for each token and each channel"
+        states.append(BackendStatus(name, not obstacle, obstacle or what))
+    return states
+
+
+def scales_rows(machine: Machine) -> bool:
+    """Whether PyTorch multiplies fp8 by a scale for each row and column in one call.
+
+    On sm_120 and in its Windows build it knows a scale for the whole matrix only.
+    """
+    return machine.capability in ROW_SCALES and not machine.windows
+
+
+def deterministic(machine: Machine, enabled: bool, workspace: str | None) -> str:
+    """Whether two training runs agree to the last bit here, in a sentence.
+
+    `enabled` is PyTorch's switch, `workspace` the environment's CUBLAS_WORKSPACE_CONFIG.
+    """
+    if not enabled:
+        return (
+            "not asked for: torch.use_deterministic_algorithms(True) does; our Triton kernels "
+            "always are, flash attention's and the memory-efficient backward pass are not"
+        )
+    if machine.device == "cuda" and workspace not in (":4096:8", ":16:8"):
+        return "asked for, and cuBLAS refuses: set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the start"
+    return "yes: every backend's forward and backward pass repeats to the last bit"
 
 
 def _no_gpu(machine: Machine) -> str:
@@ -256,27 +312,15 @@ def _constant(function: Callable) -> Callable:
 
 
 @_constant
-def backend_for(
-    kind: str, index: int | None, dtype: torch.dtype, training: bool, head_size: int, dropout: bool
-) -> str:
-    """`choose` for a device, as one constant of a compiled graph."""
-    need = Need(dtype, training, head_size, dropout)
-    return choose(this_machine(_device(kind, index)), need)
+def backend_for(kind: str, index: int | None, *need: Any) -> str:
+    """`choose` for a device and the fields of a `Need`, as one constant of a compiled graph."""
+    return choose(this_machine(_device(kind, index)), Need(*need))
 
 
 @_constant
-def obstacle_to(
-    name: str,
-    kind: str,
-    index: int | None,
-    dtype: torch.dtype,
-    training: bool,
-    head_size: int,
-    dropout: bool,
-) -> str:
+def obstacle_to(name: str, kind: str, index: int | None, *need: Any) -> str:
     """Why the backend `name` cannot run on a device, "" where it can; a constant likewise."""
-    need = Need(dtype, training, head_size, dropout)
-    return TABLE[name](this_machine(_device(kind, index)), need)[0]
+    return TABLE[name](this_machine(_device(kind, index)), Need(*need))[0]
 
 
 @_constant
@@ -337,12 +381,14 @@ def _machine(
     if kind == "cuda":
         facts = torch.cuda.get_device_properties(_device(kind, index))
         found["memory"] = round(facts.total_memory / 2**30)
+        found["processors"] = facts.multi_processor_count
         found["capability"] = pretence or (facts.major, facts.minor)
     return Machine(
         device=kind,
         torch=_two(torch.__version__),
         packages={name: _two(v) for name in PACKAGES if (v := _installed(name))},
         interpreted=interpreting and kind == "cpu",
+        windows=os.name == "nt",
         **found,
     )
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocked, turing
+from . import blocked
+from .varlen import Kernel, Sequences, attend, sequences
 
 
 @dataclass(frozen=True)
@@ -23,38 +24,37 @@ class Plan:
 
     Attributes:
         kind: a key of `dispatch.FLASH`.
-        cu_seqlens: (B + 1,) int32.
-        longest: tokens of the longest sequence.
+        sequences: of the batch.
         window: reach of local layers to each side.
-        keys: the keys among the tokens; None where all are.
-        local: where some are not, flash attention would count the window in keys, not in places:
-            local layers then run in strided blocks.
+        local: where some tokens are no keys, flash attention would count the window in keys, not in
+            places: local layers then run in strided blocks.
+        deterministic: two backward passes agree to the last bit.
     """
 
     kind: str
-    cu_seqlens: Tensor
-    longest: int
+    sequences: Sequences
     window: int | None
-    keys: turing.Keys | None
     local: blocked.Plan | None
+    deterministic: bool
 
 
 def plan(
     kind: str,
     cu_seqlens: Tensor,
     total: int,
-    lengths: tuple[int, ...],
+    lengths: tuple[int, ...] | None,
     window: int | None,
     keys: Tensor | None,
     dtype: torch.dtype,
+    deterministic: bool = False,
 ) -> Plan:
-    """Prepare sequences of `lengths` tokens, `total` together."""
-    longest = max(lengths, default=0)
-    if keys is None or not total:
-        return Plan(kind, cu_seqlens, longest, window, None, None)
-    local = blocked.plan(cu_seqlens, total, lengths, window, keys, dtype)
-    chosen = turing.choose_keys(cu_seqlens, total, keys)
-    return Plan(kind, cu_seqlens, longest, window, chosen, local)
+    """Prepare sequences of `lengths` tokens, `total` together; None: whatever their lengths."""
+    found = sequences(cu_seqlens, total, lengths, keys)
+    local = None
+    if found.keys is not None:
+        local = blocked.plan(cu_seqlens, total, lengths, window, keys, dtype)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    return Plan(kind, found, window, local, deterministic)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, local: bool) -> Tensor:
@@ -64,26 +64,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, local: bool) -> Te
     if local and plan.local is not None:
         return blocked.attention(q, k, v, plan.local, local=True)
     window = -1
-    if local and plan.window is not None and plan.window < plan.longest - 1:
+    if local and plan.window is not None and plan.window < plan.sequences.longest - 1:
         window = plan.window
-    if plan.keys is None:
-        ends, longest = plan.cu_seqlens, plan.longest
-        return CALLS[plan.kind](q, k, v, ends, ends, longest, longest, window)
-    keys = plan.keys
-    out = CALLS[plan.kind](
-        q,
-        k[keys.index],
-        v[keys.index],
-        plan.cu_seqlens,
-        keys.cu_seqlens,
-        plan.longest,
-        keys.longest,
-        window,
-    )
-    return out.masked_fill(keys.blind[:, None, None], 0.0)
+    options: dict[str, Any] = {"window": window}
+    if plan.kind in TOLD:
+        options["deterministic"] = plan.deterministic
+    return attend(CALLS[plan.kind], q, k, v, plan.sequences, **options)
 
 
-def _package(module: str) -> Any:
+def _package(module: str) -> Kernel:
     """A call of a flash-attn package: 2, 3 and 4 name their arguments alike."""
 
     def call(
@@ -95,6 +84,7 @@ def _package(module: str) -> Any:
         longest_query: int,
         longest_key: int,
         window: int,
+        deterministic: bool,
     ) -> Tensor:
         found = import_module(module).flash_attn_varlen_func(
             q,
@@ -105,7 +95,7 @@ def _package(module: str) -> Any:
             max_seqlen_q=longest_query,
             max_seqlen_k=longest_key,
             window_size=(window, window) if window >= 0 or "cute" not in module else (None, None),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
+            deterministic=deterministic,
         )
         return found[0] if isinstance(found, tuple) else found
 
@@ -155,10 +145,12 @@ def _aten(
     )[0]  # fmt: skip
 
 
-CALLS = {
+CALLS: dict[str, Kernel] = {
     "flash_attn_2": _package("flash_attn"),
     "flash_attn_3": _package("flash_attn_3.flash_attn_interface"),
     "flash_attn_4": _package("flash_attn.cute"),
     "varlen": _varlen,
     "aten": _aten,
 }
+# Told whether to be deterministic; PyTorch's own ask `torch.use_deterministic_algorithms`.
+TOLD = ("flash_attn_2", "flash_attn_3", "flash_attn_4")

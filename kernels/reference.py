@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # code of the largest number of a row
+SMALLEST = 1e-12  # a row of zeros has no scale
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype for sums and exponentials: float32, or float64 for float64 inputs."""
@@ -101,12 +104,13 @@ def attention(
 
 
 def mean_pool(x: Tensor, cu_seqlens: Tensor, left_out: Tensor | None = None) -> Tensor:
-    """Mean of each sequence's tokens, (T, D) to (B, D); summed in float32 at least.
+    """Mean of each sequence's tokens, (T, D) to (B, D); summed in float32, in float64 on a CPU.
 
     `left_out` (T,) bool marks tokens that do not count. A sequence without any gives zeros. The
     sum runs over a sequence's own tokens in order: neighbours in the batch do not change it.
     """
-    y = x.to(wide(x.dtype))
+    # Added one by one in float32, 8,192 rows lose digits.
+    y = x.to(torch.float64 if x.device.type == "cpu" else wide(x.dtype))
     offsets = cu_seqlens.long()
     counts = offsets.diff()
     if left_out is not None:
@@ -115,3 +119,22 @@ def mean_pool(x: Tensor, cu_seqlens: Tensor, left_out: Tensor | None = None) -> 
         counts = kept[offsets[1:]] - kept[offsets[:-1]]
     sums = torch.segment_reduce(y, "sum", offsets=offsets, axis=0, initial=0.0)
     return (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
+
+
+def quantize_rows(
+    x: Tensor, dtype: torch.dtype, largest: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes (T, D) in `dtype`, int8 or float8_e4m3fn, and scales (T, 1) float32: x = codes * scale.
+
+    The largest number of a row gets the code `largest`.
+    """
+    x = x.to(wide(x.dtype))
+    largest = LARGEST[dtype] if largest is None else largest
+    scales = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / largest
+    codes = x / scales
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scales.float()
+
+
+def rescale(sums: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums (T, N) of products of codes, times scales (T, 1) and (1, N), in `dtype`."""
+    return (sums * rows * columns).to(dtype)

@@ -12,79 +12,41 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import blocked
 from .reference import wide
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Where some tokens are query-only: the others, which are all that k and v need to hold.
-
-    Attributes:
-        index: (K,) int64, places of the keys in the stream. A sequence without any lends its
-            first token, so that no softmax is empty.
-        cu_seqlens: (B + 1,) int32, where each sequence's keys start.
-        longest: keys of the sequence with the most.
-        blind: (T,) bool, tokens of sequences without any key: they get zeros.
-    """
-
-    index: Tensor
-    cu_seqlens: Tensor
-    longest: int
-    blind: Tensor
+from .varlen import Sequences, attend, sequences
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What attention needs to know of a batch; `local` None when no layer has a window."""
+    """What attention needs to know of a batch: for global layers, and for local ones."""
 
-    cu_seqlens: Tensor
-    longest: int
-    keys: Keys | None
+    sequences: Sequences
     local: blocked.Plan
 
 
 def plan(
     cu_seqlens: Tensor,
     total: int,
-    lengths: tuple[int, ...],
+    lengths: tuple[int, ...] | None,
     window: int | None,
     keys: Tensor | None,
     dtype: torch.dtype,
 ) -> Plan:
-    """Prepare sequences of `lengths` tokens, `total` together."""
+    """Prepare sequences of `lengths` tokens, `total` together; None: whatever their lengths."""
     local = blocked.plan(cu_seqlens, total, lengths, window, keys, dtype)
-    chosen = None if keys is None or not total else choose_keys(cu_seqlens, total, keys)
-    return Plan(cu_seqlens, max(lengths, default=0), chosen, local)
-
-
-def choose_keys(cu_seqlens: Tensor, total: int, keys: Tensor) -> Keys:
-    """The places of keys, for attention between streams of different lengths."""
-    offsets = cu_seqlens.long()
-    place = torch.arange(total, device=keys.device)
-    owner = torch.bucketize(place, offsets[1:], right=True)
-    counts = F.pad(keys.long().cumsum(0), (1, 0))
-    blind = (counts[offsets[1:]] == counts[offsets[:-1]])[owner]
-    lent = keys | (blind & (place == offsets[owner]))
-    counts = F.pad(lent.long().cumsum(0), (1, 0))[offsets]
-    return Keys(lent.nonzero().squeeze(1), counts.int(), int(counts.diff().max()), blind)
+    return Plan(sequences(cu_seqlens, total, lengths, keys), local)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, local: bool) -> Tensor:
     """Attention within each sequence of a packed stream: (T, H, d) each, gives (T, H, d)."""
     if local or not len(q):
         return blocked.attention(q, k, v, plan.local, local=local)
-    if plan.keys is None:
-        return varlen(q, k, v, plan.cu_seqlens, plan.cu_seqlens, plan.longest, plan.longest)
-    keys = plan.keys
-    k, v = k[keys.index], v[keys.index]
-    out = varlen(q, k, v, plan.cu_seqlens, keys.cu_seqlens, plan.longest, keys.longest)
-    return out.masked_fill(keys.blind[:, None, None], 0.0)
+    return attend(efficient, q, k, v, plan.sequences)
 
 
-def varlen(
+def efficient(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -114,7 +114,7 @@ main.add_command(train)
 @truncate_dim
 @option("--normalize", is_flag=True, help="Scale vectors to length 1.")
 @option("--precision", type=click.Choice(PRECISIONS), default="float32", help="Of the vectors.")
-@option("--quantize", type=click.Choice(("int8",)), help="8-bit linear layers, on a CPU.")
+@option("--quantize", type=click.Choice(("int8", "fp8")), help="8-bit linear layers.")
 @option("--batch-tokens", type=POSITIVE, help="Tokens in a batch; halved if memory runs out.")
 @option("--truncation", type=click.Choice(("cut", "error")), default="cut", help="Of long texts.")
 @option("--progress/--no-progress", default=None, help="Progress bar; default: on a terminal.")
@@ -157,8 +157,6 @@ def embed(
     from modernbert.streaming import EncodeReport
 
     quantize = options.pop("quantize")
-    if quantize:
-        options["device"] = options["device"] or "cpu"
     encoder = SentenceEncoder.from_pretrained(**_loading(options), quantize=quantize)
     options["normalize_embeddings"] = options.pop("normalize")
     report = EncodeReport(truncated=None)

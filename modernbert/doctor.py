@@ -18,6 +18,7 @@ from torch import Tensor
 import modernbert
 from modernbert import kernels
 from modernbert.config import ModernBertConfig
+from modernbert.kernels import dispatch
 from modernbert.model import ModernBertModel
 from modernbert.packing import pack
 
@@ -71,6 +72,8 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "cpu flags", ", ".join(_cpu_flags()) or "unknown"
     yield "cpu dtypes", _native(torch.device("cpu"))
     yield from _accelerators()
+    for device in devices():
+        yield from _decisions(device)
     if name := os.environ.get("MODERNBERT_PRETEND"):
         yield "taken for", f"{name} (MODERNBERT_PRETEND)"
     for package in PACKAGES:
@@ -187,6 +190,20 @@ def _accelerators() -> Iterator[tuple[str, str]]:
             )
         else:
             yield str(device), _native(device)
+
+
+def _decisions(device: torch.device) -> Iterator[tuple[str, str]]:
+    """What is chosen for a device besides attention."""
+    machine, where = dispatch.this_machine(device), str(device)
+    for state in dispatch.eight_bit(machine):
+        yield f"{where} {state.name}", ("" if state.usable else "no: ") + state.reason
+    obstacle = dispatch.TABLE["triton"](machine, dispatch.Need(torch.float16))[0]
+    fused = "linear layers with all around them, where that is faster than cuBLAS"
+    yield f"{where} optimize()", f"changes nothing: {obstacle}" if obstacle else fused
+    yield f"{where} batches", f"{dispatch.token_budget(machine)} tokens"
+    enabled = torch.are_deterministic_algorithms_enabled()
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    yield f"{where} repeats", dispatch.deterministic(machine, enabled, workspace)
 
 
 def _native(device: torch.device) -> str:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from modernbert import kernels
 from modernbert.config import ModernBertConfig
@@ -81,6 +82,11 @@ class HeadModel(PreTrainedModel):
 
     def encoder(self) -> ModernBertModel:
         return self.model
+
+    def optimize(self, *, linears: str = "auto", fp16_accumulate: bool = False) -> Self:
+        """`ModernBertModel.optimize` of the encoder inside; the head stays as it is."""
+        self.model.optimize(linears=linears, fp16_accumulate=fp16_accumulate)
+        return self
 
     def reset_parameters(self) -> None:
         """The encoder has done its own; the head is an output-side projection."""

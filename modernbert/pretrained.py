@@ -230,8 +230,14 @@ class PreTrainedModel(nn.Module):
     def tensors_to_save(self) -> dict[str, Tensor]:
         """Every parameter by its name in the checkpoint, shared ones once.
 
-        Raises `ValueError` for a model with int8 layers, which have given up their weights.
+        Raises `ValueError` for a model that has given up its weights: with 8-bit layers, or after
+        `optimize()`.
         """
+        if getattr(self.encoder(), "optimized", False):
+            raise ValueError(
+                "an optimized model cannot be saved, its weights are folded: save it before "
+                "optimize(), or load it anew"
+            )
         if is_quantized(self):
             raise ValueError("an int8 model cannot be saved: save the one that it was made from")
         return {name: p.detach() for name, p in self.named_parameters()}

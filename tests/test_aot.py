@@ -57,3 +57,13 @@ def test_elementwise_kernels_compile_for_a_t4(tmp_path: Path) -> None:
     assert code == 0
     rows = [(row["kernel"], row["dtype"]) for row in report["rows"]]
     assert rows == [("_geglu_forward", "float16"), ("_geglu_backward", "float16")]
+
+
+def test_linear_layers_compile_and_use_tensor_cores(tmp_path: Path) -> None:
+    options = ("--dtype", "float16", "bfloat16", "--only", "linear, residual, few")
+    code, report = compile_kernels(tmp_path, "--arch", "75", "89", *options)
+    assert code == 0 and report["failures"] == 0
+    # Not for a T4: it has tensor cores, but Triton has none for it.
+    assert [row["arch"] for row in report["rows"]] == [89, 89]
+    for row in report["rows"]:
+        assert row["kernel"] == "_linear_kernel" and row["products"] > 0

@@ -590,11 +590,11 @@ def test_end_to_end_gives_the_vectors_of_sentence_transformers(
     pytest.importorskip("sentence_transformers")
     job = even_texts(shared_data, docs=2, tokens=64)
     assert isinstance(job, Workload)
-    both = end_to_end.end_to_end(setting, job, tokenizer_file(shared_data), batch_tokens=64)
+    both = end_to_end.end_to_end(setting, job, tokenizer_file(shared_data))
     assert both.missing is None and both.agreement is not None and both.agreement > 0.9999
     for contestant in (both.ours, *both.others):
         contestant.run()
-    assert len(both.others) == 1 + len(end_to_end.BATCH_SIZES)
+    assert len(both.others) == 2 + len(end_to_end.BATCH_SIZES)
 
 
 # -- two revisions --------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modernbert import ModernBertConfig, ModernBertModel, kernels, pack
+from modernbert import ModernBertConfig, ModernBertModel, doctor, kernels, pack
 from modernbert.benchmark import attention, runner
 from modernbert.benchmark.peers import Setting
 from modernbert.benchmark.runner import Options
@@ -201,16 +201,103 @@ def test_where_the_fused_kernels_run(machine: Machine, dtype: torch.dtype, expec
     assert dispatch.fuses(machine, dtype) is expected
 
 
-@pytest.mark.parametrize(
-    ("machine", "wave"),
-    [(gpu(7, 5, 16), 2560), (gpu(8, 0, 40), 4608), (gpu(8, 9, 24), 8192), (gpu(9, 0, 141), 5632)],
-)
-def test_token_budgets_fill_whole_waves(machine: Machine, wave: int) -> None:
-    budget = dispatch.token_budget(machine)
+# Capability, memory, multiprocessors, width of a matrix tile, tokens of whole waves.
+WAVES = {
+    "t4": (7, 5, 16, 40, 128, 2560),
+    "a100": (8, 0, 40, 108, 256, 4608),
+    "a10": (8, 6, 24, 72, 128, 1536),
+    "rtx 3090": (8, 6, 24, 82, 128, 5248),
+    "rtx 4090": (8, 9, 24, 128, 128, 8192),
+    "l4": (8, 9, 24, 58, 128, 3712),
+    "h100 pcie": (9, 0, 80, 114, 256, 4864),
+    "h200": (9, 0, 141, 132, 256, 5632),
+    "rtx 5090": (12, 0, 32, 170, 128, 10880),
+}
+
+
+@pytest.mark.parametrize("name", WAVES)
+def test_token_budgets_fill_whole_waves(name: str) -> None:
+    major, minor, memory, processors, wide, wave = WAVES[name]
+    budget = dispatch.token_budget(gpu(major, minor, memory, processors=processors))
     assert budget % wave == 0 and wave <= budget <= 65_536
-    small = dispatch.token_budget(gpu(*machine.capability or (0, 0), 2))
+    small = dispatch.token_budget(gpu(major, minor, 1, processors=processors))
     assert wave <= small < budget and small % wave == 0
-    assert dispatch.token_budget(Machine()) == 8192
+    for width in (768, 2304):  # Wo and Wqkv: no processor is idle in the last wave
+        assert budget // 128 * (width // wide) % processors == 0
+    tiles = budget // 128 * 12  # of attention, times heads, where sequences fill them
+    assert tiles % processors == 0
+
+
+def test_a_token_budget_without_a_gpu() -> None:
+    assert dispatch.token_budget(Machine()) == 2048
+    assert dispatch.token_budget(Machine("cpu", (9, 0), pretended=True)) == 2048
+    assert dispatch.token_budget(Machine("mps")) == 8192
+
+
+# -- 8-bit linear layers, deterministic mode --------------------------------------------------
+
+SCALES = "; a scale for each token and each channel"
+EIGHT_BIT = {
+    "cpu": (Machine(), "oneDNN" + SCALES, "needs an NVIDIA GPU, this is cpu"),
+    "mac": (Machine("mps"), *["needs an NVIDIA GPU, this is mps"] * 2),
+    "amd": (Machine("rocm"), *["needs an NVIDIA GPU, this is rocm"] * 2),
+    "v100": (
+        gpu(7, 0),
+        "needs sm_75 or newer, this is sm_70",
+        "needs sm_89 or newer, this is sm_70",
+    ),
+    "t4": (gpu(7, 5), "cuBLAS" + SCALES, "needs sm_89 or newer, this is sm_75"),
+    "a100": (gpu(8, 0), "cuBLAS" + SCALES, "needs sm_89 or newer, this is sm_80"),
+    "rtx 4090": (gpu(8, 9), "cuBLAS" + SCALES, "cuBLAS" + SCALES),
+    "rtx 4090, windows": (
+        gpu(8, 9, windows=True),
+        "cuBLAS" + SCALES,
+        "cuBLAS, scaled afterwards" + SCALES,
+    ),
+    "h200": (gpu(9, 0), "cuBLAS" + SCALES, "cuBLAS" + SCALES),
+    "b200": (gpu(10, 0), "cuBLAS" + SCALES, "cuBLAS" + SCALES),
+    "rtx 5090": (gpu(12, 0), "cuBLAS" + SCALES, "cuBLAS, scaled afterwards" + SCALES),
+    "cpu taken for an h200": (
+        Machine("cpu", (9, 0), pretended=True),
+        "cuBLAS" + SCALES,
+        "cuBLAS" + SCALES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_linear_layers_of_8_bits(name: str) -> None:
+    machine, int8, fp8 = EIGHT_BIT[name]
+    states = dispatch.eight_bit(machine)
+    assert [state.name for state in states] == ["int8", "fp8"]
+    assert [state.reason for state in states] == [int8, fp8]
+    assert [state.usable for state in states] == [SCALES in reason for reason in (int8, fp8)]
+
+
+def test_deterministic_gradients_of_flash_attention() -> None:
+    """PyTorch's own flash attention heeds PyTorch's switch only; flash-attn is told per call."""
+    asked = Need(training=True, deterministic=True)
+    plain = gpu(8, 0, packages={})
+    states = {state.name: state for state in dispatch.table(plain, asked)}
+    assert not states["flash"].usable
+    assert "use_deterministic_algorithms(True)" in states["flash"].reason
+    assert dispatch.choose(plain, Need(deterministic=True)) == "flash"  # inference always is
+    assert dispatch.choose(gpu(8, 0, packages=FA2), asked) == "flash"
+    assert dispatch.choose(gpu(8, 0), asked) == "triton"
+
+
+def test_doctor_says_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "devices", lambda: [torch.device("cuda", 0)])
+    monkeypatch.setattr(doctor, "_accelerators", lambda: iter(()))
+    machine = gpu(8, 9, 24, processors=128)
+    monkeypatch.setattr(dispatch, "this_machine", lambda device: machine)
+    lines = dict(doctor.machine())
+    assert lines["cuda:0 int8"] == "cuBLAS" + SCALES
+    assert lines["cuda:0 fp8"] == "cuBLAS" + SCALES
+    assert lines["cuda:0 batches"] == "65536 tokens"
+    assert lines["cuda:0 repeats"].startswith("not asked for")
+    machine = gpu(7, 5, 16, processors=40)
+    assert dict(doctor.machine())["cuda:0 fp8"] == "no: needs sm_89 or newer, this is sm_75"
 
 
 # -- this machine -----------------------------------------------------------------------------
@@ -235,10 +322,13 @@ def test_pretending(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch._machine.cache_clear()
-    facts = SimpleNamespace(major=8, minor=9, total_memory=24 * 2**30 - 5)
+    facts = SimpleNamespace(
+        major=8, minor=9, total_memory=24 * 2**30 - 5, multi_processor_count=128
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     machine = dispatch.this_machine(torch.device("cuda", 0))
     assert machine.capability == (8, 9) and machine.memory == 24 and not machine.pretended
+    assert machine.processors == 128
     assert machine.architecture == "sm_89"
     assert dispatch._two("2.13.0+cpu") == (2, 13) and dispatch._two("2.12rc1") == (2, 12)
     dispatch._machine.cache_clear()

@@ -89,12 +89,13 @@ def check(
     kind=KEYS,
     local=st.booleans(),
     dtype=st.sampled_from([HALF, HALF, torch.float32]),
+    known=st.booleans(),
 )
 def test_the_path_of_a_t4_in_simulation(
-    lengths: list[int], window: int, kind: str, local: bool, dtype: torch.dtype
+    lengths: list[int], window: int, kind: str, local: bool, dtype: torch.dtype, known: bool
 ) -> None:
-    keys = keys_of(kind, lengths)
-    plan = turing.plan(starts(lengths), sum(lengths), tuple(lengths), window, keys, dtype)
+    keys, told = keys_of(kind, lengths), tuple(lengths) if known else None
+    plan = turing.plan(starts(lengths), sum(lengths), told, window, keys, dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return turing.attention(q, k, v, plan, local=local)
@@ -138,7 +139,7 @@ def test_the_memory_efficient_operator_takes_what_it_is_given() -> None:
     q = torch.empty(10, 2, 64, dtype=HALF, device="meta", requires_grad=True)
     k, v = (torch.empty(8, 2, 64, dtype=HALF, device="meta") for _ in range(2))
     ends = torch.empty(4, dtype=torch.int32, device="meta")
-    out = turing.varlen(q, k, v, ends, ends, 5, 4)
+    out = turing.efficient(q, k, v, ends, ends, 5, 4)
     assert out.shape == q.shape and out.dtype == HALF
     assert out.grad_fn is not None  # it has a backward of its own
 
@@ -177,7 +178,7 @@ def flash_attn_2(
     deterministic: bool = False, return_attn_probs: bool = False, block_table: Any = None,
 ) -> Tensor:  # fmt: skip
     assert not causal and softmax_scale is None and not dropout_p
-    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    assert max_seqlen_q >= cu_seqlens_q.diff().max() and max_seqlen_k >= cu_seqlens_k.diff().max()
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     return emulate(q, k, v, cu_seqlens_q, cu_seqlens_k, *window_size)
 
@@ -225,15 +226,17 @@ def install(kind: str, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["flash_attn_2", "flash_attn_3", "flash_attn_4", "varlen"])
 @settings(max_examples=15)
-@given(lengths=LENGTHS, window=WINDOWS, keys=KEYS, local=st.booleans())
+@given(lengths=LENGTHS, window=WINDOWS, keys=KEYS, local=st.booleans(), known=st.booleans())
 def test_flash_attention_gets_the_right_arguments(
-    kind: str, lengths: list[int], window: int, keys: str, local: bool
+    kind: str, lengths: list[int], window: int, keys: str, local: bool, known: bool
 ) -> None:
-    mask = keys_of(keys, lengths)
+    mask, told = keys_of(keys, lengths), tuple(lengths) if known else None
     with pytest.MonkeyPatch.context() as patch:
         install(kind, patch)
-        facts = (starts(lengths), sum(lengths), tuple(lengths), window, mask, torch.float32)
+        facts = (starts(lengths), sum(lengths), told, window, mask, torch.float32)
         plan = flash.plan(kind, *facts)
+        if known:  # then what an implementation is told is exact
+            assert plan.sequences.longest == max(lengths, default=0)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return flash.attention(q, k, v, plan, local=local)
@@ -247,6 +250,37 @@ def test_the_internal_operator_takes_what_it_is_given(window: int) -> None:
     ends = torch.empty(4, dtype=torch.int32, device="meta")
     out = flash.CALLS["aten"](q.requires_grad_(), k, v, ends, ends, 5, 5, window)
     assert out.shape == q.shape and out.dtype == HALF and out.grad_fn is not None
+
+
+@pytest.mark.parametrize("kind", sorted(flash.TOLD))
+@pytest.mark.parametrize(("by_config", "by_switch"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_flash_attention_is_told_to_be_deterministic(
+    kind: str, by_config: int, by_switch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `deterministic_flash_attn` of a config, or by PyTorch's switch."""
+    install(kind, monkeypatch)
+    path, function = MODULES[kind]
+    told = []
+
+    def noting(*args: Any, **options: Any) -> Any:
+        told.append(options["deterministic"])
+        return function(*args, **options)
+
+    monkeypatch.setattr(sys.modules[path], "flash_attn_varlen_func", noting)
+    monkeypatch.setattr(kernels.dispatch, "obstacle_to", lambda *_: "")
+    monkeypatch.setattr(kernels.dispatch, "flash_kind", lambda *_: kind)
+    q, k, v = torch.randn(3, 6, 2, 16).unbind()
+    torch.use_deterministic_algorithms(bool(by_switch))
+    try:
+        plan = kernels.plan_attention(
+            starts([2, 4]), 6, (2, 4), window=1, dtype=q.dtype, backend="flash",
+            deterministic=bool(by_config),
+        )  # fmt: skip
+        for local in (False, True):
+            kernels.attention(q, k, v, plan, local=local)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert told == [bool(by_config or by_switch)] * 2
 
 
 def test_every_kind_can_be_called() -> None:

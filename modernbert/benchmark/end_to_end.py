@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from modernbert import kernels
 from modernbert.model import ModernBertModel
-from modernbert.packing import pack
+from modernbert.packing import pack, token_budget_batches
 from modernbert.sentence import SentenceEncoder
 from modernbert.tokenizer import Tokenizer
 
-from .batches import Split
 from .measure import Contestant
 from .peers import Setting, absent, quiet_transformers
 from .workloads import Workload
 
 BATCH_SIZES = (8, 32)  # of sentence-transformers, which sorts by length itself
 NAME = "SentenceEncoder.encode"
+INVARIANT = "SentenceEncoder.encode(invariant=True)"
 BARE = "our backbone alone, tokens ready"
 THEIRS = "sentence-transformers"
 
@@ -37,9 +38,7 @@ class EndToEnd:
     missing: str | None
 
 
-def end_to_end(
-    setting: Setting, workload: Workload, vocabulary: Path, batch_tokens: int
-) -> EndToEnd:
+def end_to_end(setting: Setting, workload: Workload, vocabulary: Path) -> EndToEnd:
     """Both sides load the same folder: random weights, the real tokenizer, mean pooling."""
     with torch.device("meta"):
         model = ModernBertModel(setting.config)
@@ -50,7 +49,10 @@ def end_to_end(
     theirs = None if missing else _sentence_transformer(encoder, setting)
     encoder = encoder.to(setting.device, setting.dtype)
     encode = partial(encoder.encode, texts, show_progress_bar=False)
-    others = [Contestant(BARE, _backbone(encoder, texts, batch_tokens))]
+    others = [
+        Contestant(BARE, _backbone(encoder, texts)),
+        Contestant(INVARIANT, partial(encode, invariant=True)),
+    ]
     agreement = None
     if theirs is not None:
         others += [
@@ -78,11 +80,10 @@ def _sentence_transformer(encoder: SentenceEncoder, setting: Setting) -> Any:
     return model
 
 
-def _backbone(
-    encoder: SentenceEncoder, texts: list[str], batch_tokens: int
-) -> Callable[[], object]:
-    ids = encoder.tokenizer(texts).input_ids
-    groups = Split(batch_tokens, by_length=True).batches([len(row) for row in ids])
+def _backbone(encoder: SentenceEncoder, texts: list[str]) -> Callable[[], object]:
+    """The batches that `encode` makes, tokenised and packed beforehand."""
+    ids = sorted(encoder.tokenizer(texts).input_ids, key=len, reverse=True)
+    groups = token_budget_batches(map(len, ids), kernels.token_budget(encoder.device))
     batches = [pack([ids[i] for i in group], device=encoder.device) for group in groups]
 
     def run() -> None:

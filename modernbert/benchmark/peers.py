@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from modernbert import kernels
 from modernbert.config import FULL, SLIDING, ModernBertConfig
+from modernbert.graphs import GraphedModel
 from modernbert.int8 import quantize_linears
+from modernbert.kernels import dispatch
 from modernbert.model import ModernBertModel
 from modernbert.packing import pack_padded
 
@@ -138,17 +140,55 @@ class OursCompiled(Ours):
         return packed.unpack(self.packed(packed).last_hidden_state)
 
 
-class OursInt8(Ours):
-    """This library with 8-bit linear layers."""
+class OursEightBit(Ours):
+    """This library with 8-bit linear layers, "int8" or "fp8"."""
 
-    name = "modernbert, int8"
+    def __init__(self, kind: str):
+        self.name, self.kind = f"modernbert, {kind}", kind
 
     def missing(self, setting: Setting) -> str | None:
-        return None if setting.device.type == "cpu" else "int8 linear layers run on CPUs"
+        states = dispatch.eight_bit(dispatch.this_machine(setting.device))
+        state = next(state for state in states if state.name == self.kind)
+        return None if state.usable else state.reason
 
     def prepare(self, setting: Setting) -> None:
         super().prepare(setting)
-        quantize_linears(self.model)
+        quantize_linears(self.model, self.kind)
+
+
+class OursGraphs(Ours):
+    """This library with batches of up to 2048 tokens as CUDA graphs."""
+
+    name = "modernbert, CUDA graphs"
+
+    def missing(self, setting: Setting) -> str | None:
+        return None if setting.device.type == "cuda" else "CUDA graphs need an NVIDIA GPU"
+
+    def prepare(self, setting: Setting) -> None:
+        super().prepare(setting)
+        self.graphed = GraphedModel(self.model)
+
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        packed = pack_padded(batch.input_ids, batch.attention_mask)
+        return packed.unpack(self.graphed(packed))
+
+
+class OursOptimized(Ours):
+    """This library after `optimize()`: norms, gates and residuals inside of linear layers."""
+
+    name = "modernbert, optimized"
+
+    def missing(self, setting: Setting) -> str | None:
+        device, dtype = setting.device, setting.dtype
+        return dispatch.obstacle_to("triton", device.type, device.index, dtype) or None
+
+    def prepare(self, setting: Setting) -> None:
+        super().prepare(setting)
+        self.model.optimize()
+        fused = self.model.layers[-1].fused
+        if isinstance(fused, dict):
+            parts = (f"{', '.join(sorted(v)) or 'none'} to {k} tokens" for k, v in fused.items())
+            self.remark = f"fused by measurement: {'; '.join(parts)}"
 
 
 class OursPlain(Ours):

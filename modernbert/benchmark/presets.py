@@ -10,12 +10,17 @@ SIZES = ("base", "large", "tiny")
 PARTS = ("paper", "sweep", "real", "end-to-end", "memory", "largest", "attention")
 PEERS = (
     *("sdpa", "eager", "flash", "compile", "openvino", "onnxruntime"),
-    *("modernbert-compiled", "modernbert-plain", "modernbert-int8"),
+    *("modernbert-optimized", "modernbert-compiled", "modernbert-plain"),
+    *("modernbert-int8", "modernbert-fp8", "modernbert-graphs"),
     *("bert", "roberta", "deberta-v3", "nomic-bert", "xlm-roberta"),
 )
 # Those that compile come last: they take minutes to prepare on a CPU, one of them is enough there.
 CPU_PEERS = ("modernbert-int8", "sdpa", "openvino", "onnxruntime", "eager", "compile")
-GPU_PEERS = ("sdpa", "flash", "modernbert-plain", "eager", "compile", "modernbert-compiled")
+GPU_PEERS = (
+    *("modernbert-optimized", "modernbert-int8", "modernbert-fp8", "modernbert-graphs"),
+    *("sdpa", "flash", "modernbert-plain"),
+    *("eager", "compile", "modernbert-compiled"),
+)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 
 from modernbert.kernels import computes_natively
 
-from . import attention, machine, published, workloads
+from . import attention, linears, machine, published, workloads
 from .ceiling import best, measure_ceiling
 from .contest import Contest, prepare_all
-from .end_to_end import BARE, NAME, THEIRS, end_to_end
+from .end_to_end import BARE, INVARIANT, NAME, THEIRS, end_to_end
 from .measure import Timing, alternate, describe, timed
 from .memory import largest_batch, peak_bytes
 from .peers import Peer, Setting
@@ -71,7 +71,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     largest = measure_largest(options, contest, say) if "largest" in options.parts else []
     alone = measure_alone(options, setting, say) if "attention" in options.parts else {}
     ceiling = best([before, measure_ceiling(setting.dtype, setting.device)])
-    counted = {contest.ours.name: True, NAME: True, BARE: True}
+    counted = {contest.ours.name: True, NAME: True, INVARIANT: True, BARE: True}
     counted |= {prepared.peer.name: prepared.peer.modernbert for prepared in contest.others}
     for workload in measured:
         add_shares(workload, ceiling.matmul_flops, counted)
@@ -241,7 +241,7 @@ def measure_end_to_end(
     assert options.data is not None
     say(f"end to end, {job.name}: {len(job.lengths)} texts, {job.tokens} tokens")
     vocabulary = workloads.tokenizer_file(options.data)
-    both = end_to_end(setting, job, vocabulary, options.settings.batch_tokens)
+    both = end_to_end(setting, job, vocabulary)
     timings = alternate(
         both.ours,
         both.others,
@@ -308,13 +308,18 @@ def measure_largest(
 
 
 def measure_alone(options: Options, setting: Setting, say: Callable[[str], None]) -> dict[str, Any]:
-    """On a GPU: every backend checked against float64, and its attention timed alone."""
+    """On a GPU: backends and linear layers checked against float64, and timed alone."""
     if setting.device.type != "cuda":
         return {}
     say("every backend against float64")
-    checks = list(attention.self_check())
-    jobs = attention.workloads(min(options.settings.batch_tokens, ALONE))
-    return {"self_check": checks, "attention": attention.measure_attention(setting, jobs, say)}
+    checks = [*attention.self_check(), *linears.self_check(setting)]
+    tokens = min(options.settings.batch_tokens, ALONE)
+    jobs = attention.workloads(tokens)
+    return {
+        "self_check": checks,
+        "attention": attention.measure_attention(setting, jobs, say),
+        "linears": linears.measure_linears(setting, tokens),
+    }
 
 
 def _largest(peer: Peer, length: int, limit: int, device: torch.device) -> tuple[int | None, str]:

@@ -5,6 +5,7 @@ from statistics import median
 from typing import Any
 
 from .attention import attention_rows, failures
+from .linears import linear_rows
 from .results import BASIS
 
 
@@ -34,6 +35,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         ("Peak memory of one pass above the loaded model", _memory(report)),
         ("Largest batch that fits", _largest(report)),
         ("Attention alone, one layer", attention_rows(report)),
+        ("Linear layers alone", linear_rows(report)),
         ("Implementations", _states(report)),
         (f"Published, not measured here: {report['published']['source']}", _published(report)),
     ):
