@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modernbert import kernels
 from modernbert.packing import PackedBatch
 from modernbert.weights import Checkpoint, CheckpointError
 
@@ -27,22 +28,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     f"{kind.__module__}.{kind.__name__}": kind
     for kind in (nn.Tanh, nn.Identity, nn.ReLU, nn.GELU, nn.Sigmoid)
 }
-PIECE = 64
-
-
-def reduce_segments(x: Tensor, lengths: Sequence[int], reduce: str) -> Tensor:
-    """The "sum" or "max" of each run of rows: (T, D) and B lengths to (B, D).
-
-    A run is reduced in pieces of 64 rows and then piece by piece: a sum of 8,192 rows keeps its
-    digits, and the result depends on the run alone, never on its neighbours in the stream.
-    """
-    while True:
-        pieces = [min(PIECE, n - start) for n in lengths for start in range(0, n, PIECE)]
-        sizes = torch.tensor(pieces, device=x.device)
-        x = torch.segment_reduce(x, reduce, lengths=sizes, unsafe=True)  # (pieces, D)
-        if len(pieces) == len(lengths):
-            return x
-        lengths = [-(-n // PIECE) for n in lengths]
 
 
 class Pooling(nn.Module):
@@ -64,38 +49,39 @@ class Pooling(nn.Module):
         self.include_prompt = include_prompt
         self.out_features = len(self.modes) * hidden_size
 
+    def first_only(self, prompt_length: int = 0) -> bool:
+        """Whether the first state of each text is all that is looked at."""
+        return self.modes == ("cls",) and (self.include_prompt or not prompt_length)
+
     def forward(self, hidden: Tensor, batch: PackedBatch, prompt_length: int = 0) -> Tensor:
         """Token states (T, D) to vectors (B, D x modes), float32 when the states are narrower."""
         x = hidden.float() if hidden.dtype.itemsize < 4 else hidden
-        lengths, positions = batch.lengths, batch.positions
+        offsets, positions = batch.cu_seqlens.long(), batch.positions
         if prompt_length and not self.include_prompt:
             # A merge across the seam can make prompt + text shorter than the prompt: keep a token.
-            skips = [min(prompt_length, n - 1) for n in lengths]
-            skipped = torch.tensor(skips).repeat_interleave(torch.tensor(lengths))
-            kept = positions >= skipped.to(positions.device)
+            counts = offsets.diff()
+            skips = (counts - 1).clamp(0, prompt_length)
+            kept = positions >= skips.repeat_interleave(counts, output_size=len(positions))
             x, positions = x[kept], positions[kept]
-            lengths = tuple(n - skip for n, skip in zip(lengths, skips, strict=True))
-        pooled = [self._pool(mode, x, positions, lengths) for mode in self.modes]
-        return torch.cat(pooled, dim=-1)
+            offsets = F.pad((counts - skips).cumsum(0), (1, 0))
+        return torch.cat([self._pool(mode, x, positions, offsets) for mode in self.modes], dim=-1)
 
     @staticmethod
-    def _pool(mode: str, x: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
-        counts = torch.tensor(lengths, device=x.device)
-        ends = counts.cumsum(0)
+    def _pool(mode: str, x: Tensor, positions: Tensor, offsets: Tensor) -> Tensor:
+        """One mode; text i is x[offsets[i] : offsets[i + 1]]."""
         if mode == "cls":
-            return x[ends - counts]
+            return x[offsets[:-1]]
         if mode == "lasttoken":
-            return x[ends - 1]
+            return x[offsets[1:] - 1]
         if mode == "max":
-            return reduce_segments(x, lengths, "max")
+            return torch.segment_reduce(x, "max", offsets=offsets, axis=0)
         if mode == "weightedmean":
             weights = (positions + 1).to(x.dtype)[:, None]  # (T, 1)
-            total = reduce_segments(x * weights, lengths, "sum")
-            return total / reduce_segments(weights, lengths, "sum")
-        divisor = counts.to(x.dtype)[:, None]  # (B, 1)
-        if mode == "mean_sqrt_len_tokens":
-            divisor = divisor.sqrt()
-        return reduce_segments(x, lengths, "sum") / divisor
+            return kernels.mean_pool(x * weights, offsets) / kernels.mean_pool(weights, offsets)
+        mean = kernels.mean_pool(x, offsets)
+        if mode == "mean":
+            return mean
+        return mean * offsets.diff().to(x.dtype).sqrt()[:, None]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, hidden_size: int, source: str) -> "Pooling":

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
+from modernbert import kernels
 from modernbert.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.packing import pack, token_budget_batches
 from modernbert.tokenizer import TokenizedBatch, Tokenizer
 
 logger = logging.getLogger("modernbert")
-
-BATCH_TOKENS = 16384
 
 
 def fill_mask(
@@ -70,7 +69,8 @@ def classify(
     batch = tokenizer(texts, pairs)
     _report_cuts(batch)
     logits = []
-    for rows in token_budget_batches(map(len, batch.input_ids), BATCH_TOKENS):
+    budget = kernels.token_budget(model.device)
+    for rows in token_budget_batches(map(len, batch.input_ids), budget):
         packed = pack([batch.input_ids[row] for row in rows], device=model.device)
         with torch.no_grad():
             logits.append(model(packed).logits.float())

@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import shutil
+import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,13 @@ from hypothesis import strategies as hst
 from tqdm import tqdm
 
 from modernbert import ModernBertConfig, ModernBertModel, SentenceEncoder, Tokenizer
+from modernbert.encode_options import EncodeOptions
 from modernbert.packing import pack
-from modernbert.pooling import POOLING_FLAGS, Dense, Normalize, Pooling, reduce_segments
+from modernbert.pooling import POOLING_FLAGS, Dense, Normalize, Pooling
 from modernbert.quantization import Calibration, quantize
 from modernbert.similarity import SIMILARITIES
-from modernbert.streaming import EncodeReport
+from modernbert.streaming import EncodeReport, Stream
+from modernbert.tokenizer import TokenizedBatch
 
 HIDDEN = 32
 WORDS = (
@@ -68,18 +71,34 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
 # -- pooling --------------------------------------------------------------------------------------
 
 
+def pooled_alone(mode: str, x: torch.Tensor) -> torch.Tensor:
+    """The definition of a mode for one text, (length, D) to (D,)."""
+    weights = torch.arange(1, len(x) + 1).to(x)[:, None]
+    vectors = {
+        "cls": x[0],
+        "lasttoken": x[-1],
+        "max": x.amax(0),
+        "mean": x.mean(0),
+        "mean_sqrt_len_tokens": x.sum(0) / len(x) ** 0.5,
+        "weightedmean": (x * weights).sum(0) / weights.sum(),
+    }
+    return vectors[mode]
+
+
 @settings(max_examples=60, deadline=None)
-@given(hst.lists(hst.integers(1, 300), min_size=1, max_size=8), hst.sampled_from(["sum", "max"]))
-def test_segments_are_reduced_one_by_one(lengths: list[int], kind: str) -> None:
+@given(hst.lists(hst.integers(1, 300), min_size=1, max_size=8), hst.sampled_from([*POOLING_FLAGS]))
+def test_every_text_is_pooled_by_itself(lengths: list[int], mode: str) -> None:
     x = torch.randn(sum(lengths), 3, dtype=torch.float64)
-    expected = [part.sum(0) if kind == "sum" else part.amax(0) for part in x.split(lengths)]
-    torch.testing.assert_close(reduce_segments(x, lengths, kind), torch.stack(expected))
+    expected = [pooled_alone(mode, part) for part in x.split(lengths)]
+    actual = Pooling(3, (mode,))(x, pack([[1] * n for n in lengths]))
+    torch.testing.assert_close(actual, torch.stack(expected))
 
 
-def test_a_long_sum_keeps_its_digits() -> None:
+@pytest.mark.parametrize("mode", ["mean", "mean_sqrt_len_tokens", "weightedmean"])
+def test_a_long_sum_keeps_its_digits(mode: str) -> None:
     x = torch.rand(8192, 4)
-    exact = x.double().sum(0, keepdim=True)
-    error = (reduce_segments(x, [8192], "sum").double() - exact).abs() / exact
+    exact = pooled_alone(mode, x.double())
+    error = (Pooling(4, (mode,))(x, pack([[1] * 8192]))[0].double() - exact).abs() / exact
     assert error.max() < 3e-7
 
 
@@ -114,6 +133,69 @@ def test_gradients_flow_through_the_encoder(encoder: SentenceEncoder, mode: str)
     encoder(pack([[50281, 10, 20, 50282], [50281, 50282]])).pow(3).sum().backward()
     gradient = encoder.model.layers[1].mlp.Wi.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("modes", "include_prompt", "options", "trims"),
+    [
+        (("cls",), True, {}, True),
+        (("cls",), True, {"prompt": "query: "}, True),
+        (("cls",), False, {}, True),
+        (("cls",), False, {"prompt": "query: "}, False),  # [CLS] belongs to the prompt
+        (("cls",), True, {"output_value": None}, False),
+        (("cls",), True, {"output_value": "token_embeddings"}, False),
+        (("cls", "mean"), True, {}, False),
+        (("mean",), True, {}, False),
+    ],
+)
+def test_the_last_layer_computes_what_the_pooling_reads(
+    encoder: SentenceEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+    modes: tuple[str, ...],
+    include_prompt: bool,
+    options: dict[str, Any],
+    trims: bool,
+) -> None:
+    encoder.pooling = Pooling(HIDDEN, modes, include_prompt=include_prompt)
+    batches: list[Any] = []
+    forward, trimmed = encoder.model.forward, []
+
+    def watched(batch: Any, first_only: bool = False) -> Any:
+        batches.append(batch)
+        trimmed.append(first_only)
+        return forward(batch, first_only=first_only)
+
+    monkeypatch.setattr(encoder.model, "forward", watched)
+    vectors = encoder.encode(sentences(5), batch_size=5, **options)
+    assert trimmed == [trims]
+    if "output_value" not in options:
+        skipped = 4 if options and not include_prompt else 0  # [CLS] and the prompt's three tokens
+        with torch.no_grad():
+            hidden = forward(batches[0]).last_hidden_state
+            expected = encoder.pooling(hidden, batches[0], skipped)
+        lengths = encoder.tokenizer([options.get("prompt", "") + t for t in sentences(5)])
+        order = sorted(range(5), key=lambda i: -len(lengths.input_ids[i]))
+        close(vectors[order], expected, 1e-5)
+
+
+def test_attention_dropout_is_not_skipped_in_training(
+    encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder.pooling = Pooling(HIDDEN, ("cls",))
+    trimmed: list[bool] = []
+    forward = encoder.model.forward
+
+    def watched(batch: Any, first_only: bool = False) -> Any:
+        trimmed.append(first_only)
+        return forward(batch, first_only=first_only)
+
+    monkeypatch.setattr(encoder.model, "forward", watched)
+    batch = pack([[50281, 10, 50282]])
+    encoder.train()(batch)
+    encoder.model.config = encoder.model.config.replace(attention_dropout=0.1)
+    encoder(batch)
+    encoder.eval()(batch)
+    assert trimmed == [True, False, True]
 
 
 # -- encode ---------------------------------------------------------------------------------------
@@ -359,7 +441,102 @@ def test_long_texts_end_a_window_early(encoder: SentenceEncoder) -> None:
             yield "word " * 10
 
     next(encoder.encode_stream(source(), batch_tokens=200, window=5000))
-    assert read == 1024  # 64 batches of 200 tokens hold fewer, but the tokenizer took 1,024 at once
+    assert read == 1024  # 50 characters each, 4 a token: 64 batches of 200 tokens
+
+
+@pytest.fixture
+def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams work ahead as they do for a GPU."""
+    monkeypatch.setattr(
+        "modernbert.sentence.Stream", lambda **options: Stream(**options | {"overlap": True})
+    )
+
+
+def tokenizing_threads() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("modernbert")]
+
+
+def test_what_overlaps(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not encoder._stream(EncodeOptions(batch_tokens=9)).overlap
+    monkeypatch.setattr(SentenceEncoder, "device", torch.device("cuda"))
+    assert encoder._stream(EncodeOptions(batch_tokens=9)).overlap
+    assert not encoder._stream(EncodeOptions(batch_tokens=9, window=1)).overlap
+
+
+def test_a_window_is_tokenised_while_the_one_before_is_run() -> None:
+    tokenized = [threading.Event() for _ in range(5)]
+    run: list[int] = []
+
+    def tokenize(texts: list[str]) -> TokenizedBatch:
+        tokenized[int(texts[0])].set()
+        return TokenizedBatch([[int(text)] for text in texts], [], [])
+
+    def compute(ids: list[torch.Tensor]) -> torch.Tensor:
+        number = int(ids[0])
+        if number < 4:
+            assert tokenized[number + 1].wait(60)
+        if number < 3:
+            assert not tokenized[number + 2].is_set()  # one window ahead, not more
+        run.append(number)
+        return torch.stack(ids)
+
+    report = EncodeReport(batch_tokens=10)
+    stream = Stream(tokenize, compute, 10, report, window=1, overlap=True)
+    windows = [window.tolist() for window in stream.windows(str(i) for i in range(5))]
+    assert windows == [[[i]] for i in range(5)] and run == [0, 1, 2, 3, 4]
+    assert not tokenizing_threads()
+
+
+@pytest.mark.usefixtures("overlapping")
+def test_overlap_changes_no_bit(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder.max_seq_length = 40
+    texts = sentences(150)
+    reports = [EncodeReport(), EncodeReport()]
+    options: dict[str, Any] = {"window": 16, "batch_tokens": 150, "truncation": "cut"}
+    ahead = encoder.encode(iter(texts), report=reports[0], **options)
+    streamed = list(encoder.encode_stream(iter(texts), **options))
+    empty = encoder.encode([], **options)
+    monkeypatch.setattr("modernbert.sentence.Stream", Stream)
+    assert np.array_equal(encoder.encode(texts, report=reports[1], **options), ahead)
+    assert np.array_equal(np.stack(streamed), ahead) and empty.shape == (0, HIDDEN)
+    assert reports[0] == reports[1] and reports[0].truncated_texts
+    assert not tokenizing_threads()
+
+
+@pytest.mark.usefixtures("overlapping")
+def test_a_stream_that_is_closed_leaves_no_thread(encoder: SentenceEncoder) -> None:
+    readers, read = set(), 0
+
+    def source() -> Iterator[str]:
+        nonlocal read
+        while True:
+            readers.add(threading.current_thread())
+            read += 1
+            yield "again"
+
+    stream = encoder.encode_stream(source(), window=10)
+    for _ in range(11):
+        next(stream)
+    assert len(tokenizing_threads()) == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert not tokenizing_threads() and read == 30
+    assert readers == {threading.current_thread()}  # a database cursor may belong to it
+
+
+@pytest.mark.usefixtures("overlapping")
+def test_errors_of_the_thread_reach_the_caller(encoder: SentenceEncoder) -> None:
+    for wrong, message in (("b\ud800", "text 47 has the lone surrogate"), (3, "input 47 is int")):
+        with pytest.raises(ValueError, match=message):
+            list(encoder.encode_stream([*["a"] * 47, wrong, "c"], window=8))
+    encoder.max_seq_length = 12
+    texts = [*["short"] * 20, " ".join(["word"] * 30)]
+    with pytest.raises(ValueError, match=r"text 20 has 32 tokens"):
+        encoder.encode(texts, truncation="error", window=4)
+    encoder.model = Limited(encoder.model, 0, RuntimeError("illegal instruction"))  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        encoder.encode(texts, truncation="cut", window=4)
+    assert not tokenizing_threads()
 
 
 def test_a_row_does_not_keep_its_window(encoder: SentenceEncoder) -> None:
