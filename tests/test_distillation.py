@@ -18,15 +18,18 @@ from modernbert.distillation import PRESETS, Recipe, distill
 from modernbert.distillation.command import distill as command
 from modernbert.distillation.frequencies import (
     head_probabilities,
+    is_mark,
+    random_texts,
     token_probabilities,
     word_frequencies,
 )
 from modernbert.distillation.postprocess import (
     pca,
+    principal_axes,
     rank_probabilities,
     rogue_dimensions,
     sif_weights,
-    solve_pieces,
+    solve_rows,
     standardize,
 )
 from modernbert.distillation.teacher import Input, open_teacher, pool
@@ -96,7 +99,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quietly(teacher: Any, **options: Any) -> Any:
-    options = {"frequencies": COUNTS, "dims": 16, "dtype": "float32", **options}
+    defaults = {"frequencies": COUNTS, "dims": 16, "dtype": "float32", "mixtures": 50}
+    options = defaults | options
     return distill(teacher, show_progress_bar=False, **options)
 
 
@@ -135,9 +139,9 @@ def test_every_kind_of_teacher(folder: Path, kind: str) -> None:
         "encoder": lambda: SentenceEncoder.from_pretrained(folder),
         "masked": lambda: ModernBertForMaskedLM.from_pretrained(folder),
     }[kind]()
-    static = quietly(teacher, device="cpu")
+    static = quietly(teacher, device="cpu", mixtures=0)  # their own poolings differ
     assert static.dims == 16 and static.config["tokenizer_name"] == str(folder)
-    reference = quietly(str(folder), device="cpu")
+    reference = quietly(str(folder), device="cpu", mixtures=0)
     np.testing.assert_allclose(static.encode(TEXTS), reference.encode(TEXTS), atol=1e-5)
 
 
@@ -155,7 +159,9 @@ def test_the_default_recipe(folder: Path) -> None:
 
 
 def test_folded_rows_come_from_the_cased_spellings(folder: Path) -> None:
-    static = quietly(str(folder), dims=None, sif=None, ridge=None, pooling="mean", rogue=False)
+    static = quietly(
+        str(folder), dims=None, sif=None, ridge=None, pooling="mean", rogue=False, mixtures=0
+    )
     teacher = open_teacher(str(folder), device="cpu")
     student = Vocabulary(teacher.backend)
     student.drop_added()
@@ -190,6 +196,8 @@ def test_other_students(folder: Path) -> None:
         {"pooling": "last+mean"},
         {"frequencies": "head"},
         {"drop": 0, "whiten": 0.5, "pca_sif": None},
+        {"mixtures": 0},
+        {"mixture_ridge": 100.0},
         {"dims": 0.9},
         {"dims": "auto"},
     ],
@@ -220,6 +228,8 @@ def test_switches_change_the_model(folder: Path, switches: dict[str, Any]) -> No
         ({"remove": "("}, "no pattern"),
         ({"drop": -1}, "drop is -1"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
+        ({"mixtures": -1}, "mixtures is -1"),
+        ({"marks": -0.5}, "marks is -0.5"),
         ({"colour": 3}, r"unknown options \['colour'\]"),
         ({"vocabulary": [3]}, r"vocabulary\[0\]"),
         ({"vocabulary": "absent.txt"}, "no word list"),
@@ -248,6 +258,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "counts.txt").write_text("".join(f"{w} {n}\n" for w, n in COUNTS.items()))
     arguments = [str(folder), "-o", str(tmp_path / "s"), "--dims", "8", "--device", "cpu"]
     arguments += ["--frequencies", str(tmp_path / "counts.txt"), "--dtype", "int8", "--cased"]
+    arguments += ["--mixtures", "20"]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
     static = StaticModel.from_pretrained(tmp_path / "s")
@@ -383,8 +394,9 @@ def test_sentence_transformers_as_teacher(bert: Path) -> None:
 
     model = SentenceTransformer(str(bert / "st"), device="cpu")
     static = quietly(
-        model, pooling="own", dims=None, sif=None, ridge=None, rogue=False, vocabulary=["hyrule"]
-    )
+        model, pooling="own", dims=None, sif=None, ridge=None, rogue=False, mixtures=0,
+        vocabulary=["hyrule"],
+    )  # fmt: skip
     wanted = model.encode(["hyrule"])[0]
     found = static.encode("hyrule")
     assert found @ wanted == pytest.approx(1, abs=1e-5)
@@ -399,7 +411,9 @@ def test_pca_centres_and_whitens(seed: int, whiten: float | None, drop: int) -> 
     random = np.random.default_rng(seed)
     rows = random.normal(size=(60, 8)) * np.arange(1, 9) + 3
     weights = random.random(60) if whiten is not None else None
-    scores = pca(rows, 5, weights=weights, drop=drop, whiten=(whiten or 0) / 2)
+    axes = principal_axes(rows, 5, weights=weights, drop=drop, whiten=(whiten or 0) / 2)
+    assert axes is not None
+    scores = axes(rows)
     share = np.full(60, 1 / 59) if weights is None else weights / weights.sum()
     np.testing.assert_allclose(share @ scores, 0, atol=1e-9)
     covariance = (scores * share[:, None]).T @ scores
@@ -441,20 +455,75 @@ def test_rogue_dimensions_are_found_and_tamed() -> None:
     np.testing.assert_array_equal(tamed[:, :3], rows[:, :3])
 
 
-def test_solved_pieces_are_the_ridge_regression() -> None:
+@pytest.mark.parametrize("mean", [False, True])
+def test_solved_rows_are_the_ridge_regression(mean: bool) -> None:
     random = np.random.default_rng(0)
     table = random.normal(size=(12, 3))
     free = np.arange(12) >= 6
     segments = [random.choice(12, size=n, replace=False).tolist() for n in (2, 3, 2, 4, 3, 2, 1)]
     targets = random.normal(size=(7, 3))
-    solved = solve_pieces(table, segments, targets, free, ridge=0.5)
+    solved = solve_rows(table, segments, targets, free=free, ridge=0.5, mean=mean)
     system = np.zeros((7, 12))
     for row, segment in enumerate(segments):
-        system[row, segment] = 1
+        system[row, segment] = 1 / len(segment) if mean else 1
     a = system[:, 6:]
     change = np.linalg.solve(a.T @ a + 0.5 * np.eye(6), a.T @ (targets - system @ table))
     np.testing.assert_allclose(solved[6:], table[6:] + change, atol=1e-3)
     np.testing.assert_array_equal(solved[:6], table[:6])
+
+
+def test_repeated_tokens_count_as_often_as_they_occur() -> None:
+    solved = solve_rows(np.zeros((2, 1)), [[0, 0], [1]], np.ones((2, 1)), ridge=0)
+    np.testing.assert_allclose(solved, [[0.5], [1]])
+
+
+def test_solved_texts_come_closer_to_the_teacher(folder: Path) -> None:
+    """The mean row of a text against the teacher's own vector, pair by pair."""
+    texts = [" ".join(words) for words in random_texts(COUNTS, 300)]
+    teacher = open_teacher(str(folder), device="cpu")
+    (wanted,) = teacher.embed([teacher.word(text) for text in texts])
+    wanted = cosines(wanted - wanted.mean(0))[np.triu_indices(len(texts), 1)]
+    agreement = {}
+    for name, options in {
+        "not": {"mixtures": 0},
+        "mixtures": {"mixtures": 300},
+        "sentences": {"sentences": iter(texts)},
+    }.items():
+        static = quietly(str(folder), relax=0, marks=1, vocabulary=list(COUNTS), **options)
+        found = static.encode(texts)
+        found = cosines(found - found.mean(0))[np.triu_indices(len(texts), 1)]
+        agreement[name] = float(np.corrcoef(found, wanted)[0, 1])
+    assert agreement["mixtures"] > agreement["not"] + 0.05
+    assert agreement["sentences"] > agreement["not"] + 0.05
+    with pytest.raises(ValueError, match="sentences must be texts"):
+        quietly(str(folder), sentences=[])
+
+
+def test_random_texts_are_drawn_by_frequency() -> None:
+    texts = random_texts(COUNTS | {"0000": 100, "'s": 100}, 2000)
+    assert texts == random_texts(COUNTS | {"0000": 100, "'s": 100}, 2000)
+    assert {len(words) for words in texts} == set(range(4, 13))
+    words = [word for text in texts for word in text]
+    for word, count in COUNTS.items():
+        share = count / sum(COUNTS.values())
+        assert words.count(word) / len(words) == pytest.approx(share, rel=0.3)
+    assert set(words) == COUNTS.keys()
+
+
+def test_relax_and_marks_scale_rows(folder: Path) -> None:
+    options = {"ridge": None, "mixtures": 0, "vocabulary": ["the", "cat"]}
+    plain = quietly(str(folder), relax=0, marks=1, **options)
+    both = quietly(str(folder), relax=0.5, marks=0.25, **options)
+    lengths = [np.linalg.norm(static.embeddings, axis=1) for static in (both, plain)]
+    ratio = lengths[0] / np.maximum(lengths[1], 1e-9)
+    place = plain.tokens.index
+    total = sum(COUNTS.values())
+    for word in ("the", "cat"):
+        weight = (1e-5 / (1e-5 + COUNTS[word] / total)) ** 0.2
+        assert ratio[place(f"Ġ{word}")] == pytest.approx(weight**-0.5, rel=1e-3)
+    unseen = (1e-5 / (1e-5 + 0.04 * 0.05)) ** 0.2  # "," by the shares of English marks
+    assert ratio[place(",")] == pytest.approx(0.25 * unseen**-0.5, rel=1e-3)
+    assert is_mark("?!") and not is_mark("a!") and not is_mark("7")
 
 
 def test_pooling_of_packed_states() -> None:
@@ -508,6 +577,10 @@ def test_probabilities_of_tokens() -> None:
     assert shares["Ġthe"] == 0.5
     assert shares["[PAD]"] == shares["Ġcat"] == 1e-9
     assert shares[","] == pytest.approx(0.04 * 0.05)
+    numbers = Vocabulary.of_words()
+    numbers.add(["2026", "7"])
+    found = token_probabilities(numbers, {"0000": 0.5, "7": 0.25})
+    assert found[-2:].tolist() == pytest.approx([0.005, 0.25])
 
 
 def test_probabilities_of_a_head() -> None:

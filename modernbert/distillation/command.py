@@ -40,6 +40,8 @@ def _dims(
 @option("--sif", type=float, help=f"a of the weight a / (a + p); default: {DEFAULT.sif}.")
 @option("--whiten", type=float, help=f"Power of the variance; default: {DEFAULT.whiten}.")
 @option("--drop", type=click.IntRange(min=0), help=f"Components; default: {DEFAULT.drop}.")
+@option("--mixtures", type=click.IntRange(min=0), help=f"Default: {DEFAULT.mixtures}.")
+@option("--sentences", metavar="FILE", help="Texts, one on a line, in the place of mixtures.")
 @option("--cased", is_flag=True, help="Keep upper and lower case apart.")
 @option("--no-subwords", is_flag=True, help="Whole words only.")
 @option("--dtype", type=click.Choice(("float16", "float32", "int8")), help="Default: float16.")
@@ -60,6 +62,7 @@ def distill(
     dims: Any,
     vocabulary: str | None,
     frequencies: str | None,
+    sentences: str | None,
     device: str | None,
     batch_tokens: int,
     layout: str,
@@ -90,6 +93,7 @@ def distill(
         dims=dims,
         preset=preset,
         frequencies=frequencies,
+        sentences=None if sentences is None else Path(sentences).read_text("utf-8").splitlines(),
         device=device,
         batch_tokens=batch_tokens,
         show_progress_bar=sys.stderr.isatty() if progress is None else progress,

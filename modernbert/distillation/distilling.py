@@ -15,13 +15,22 @@ import tokenizers
 from modernbert.static import StaticModel, cluster_rows
 from modernbert.vocabulary import Vocabulary
 
-from .frequencies import Source, head_probabilities, token_probabilities, word_frequencies
+from .frequencies import (
+    Source,
+    head_probabilities,
+    is_mark,
+    random_texts,
+    token_probabilities,
+    word_frequencies,
+)
 from .postprocess import (
+    Axes,
     pca,
+    principal_axes,
     rank_probabilities,
     rogue_dimensions,
     sif_weights,
-    solve_pieces,
+    solve_rows,
     standardize,
 )
 from .recipe import PRESETS, Recipe
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("modernbert")
 
 FAITHFUL = "model2vec"
+LONGEST = 1000  # characters of a text on which rows are solved: within the length of every teacher
 
 
 def distill(
@@ -44,6 +54,7 @@ def distill(
     preset: str = "modernbert",
     compat: str | None = None,
     frequencies: Source | None = None,
+    sentences: Iterable[str] | None = None,
     device: "torch.device | str | None" = None,
     batch_tokens: int = 4096,
     show_progress_bar: bool = True,
@@ -60,6 +71,8 @@ def distill(
         preset: "modernbert", the best combination found, or "model2vec".
         compat: "model2vec" reproduces what model2vec 0.10 makes of the same teacher.
         frequencies: a file, counts or texts instead of what the recipe says.
+        sentences: texts on which the rows are solved, in the place of `mixtures` of random words:
+            no longer free of data, but closer to the teacher where such texts are read.
         device: where the teacher runs; the GPU if there is one.
         batch_tokens: the teacher's token budget.
         show_progress_bar: show how many words the teacher has seen.
@@ -99,12 +112,26 @@ def distill(
         settings |= {"mapping": mapping, "weights": lengths}
         model = StaticModel(pca(rows, recipe.dims), student.build(), **settings)
         return model.quantize(recipe.dtype)
-    table = make_table(vectors, shares, weights, recipe)
+    rogue = rogue_dimensions(vectors) if recipe.rogue else []
+    if rogue:
+        logger.info("dimensions %s dominate the teacher's cosines: scaled down", rogue)
+    axes = table_axes(standardize(vectors, rogue), shares, recipe)
+    table = (project(vectors, rogue, axes) * weights[:, None]).astype(np.float32)
     if recipe.ridge is not None and added:
         table = _with_solved_pieces(table, student, base, added, recipe.ridge)
+    tokenizer = student.build()
+    if sentences is not None or recipe.mixtures:
+        texts = _texts(sentences, opened, recipe, counts)
+        wanted = _text_vectors(opened, texts, vectors.shape[1], batch_tokens, show_progress_bar)
+        silent = set(_places(student, student.special_tokens))
+        found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        segments = [[number for number in e.ids if number not in silent] for e in found]
+        table = _with_solved_texts(table, segments, project(wanted, rogue, axes), recipe)
+    table /= np.maximum(weights, 1e-9)[:, None] ** recipe.relax
+    table[[piece is not None and is_mark(piece[0]) for _, piece in student.texts()]] *= recipe.marks
     if compat is None:
         table[_places(student, student.special_tokens)] = 0
-    model = StaticModel(table.astype(np.float32), student.build(), **settings)
+    model = StaticModel(table.astype(np.float32), tokenizer, **settings)
     return model.quantize(recipe.dtype, clusters=recipe.clusters)
 
 
@@ -244,18 +271,67 @@ def _shares_of_forms(places: Sequence[int]) -> np.ndarray:
     return (shares / np.bincount(numbers, shares)[numbers]).astype(np.float32)
 
 
-def make_table(
-    vectors: np.ndarray, shares: np.ndarray, weights: np.ndarray, recipe: Recipe
-) -> np.ndarray:
-    """Rows (V, d): centred, rotated, whitened in part, and weighted."""
-    if recipe.rogue and (found := rogue_dimensions(vectors)):
-        logger.info("dimensions %s dominate the teacher's cosines: scaled down", found)
-        vectors = standardize(vectors, found)
+def table_axes(vectors: np.ndarray, shares: np.ndarray, recipe: Recipe) -> Axes | None:
+    """The axes of the table: the words' principal ones, whitened in part; None without a PCA."""
     counted = None
     if recipe.pca_sif is not None:
         counted = shares * sif_weights(shares, recipe.pca_sif) ** 2
-    table = pca(vectors, recipe.dims, weights=counted, drop=recipe.drop, whiten=recipe.whiten)
-    return table * weights[:, None]
+    return principal_axes(
+        vectors, recipe.dims, weights=counted, drop=recipe.drop, whiten=recipe.whiten
+    )
+
+
+def project(vectors: np.ndarray, rogue: Sequence[int], axes: Axes | None) -> np.ndarray:
+    """Teacher's vectors (n, D) in the space of the table, (n, d)."""
+    vectors = standardize(vectors, rogue)
+    return vectors if axes is None else axes(vectors)
+
+
+def _texts(
+    sentences: Iterable[str] | None,
+    teacher: "Teacher",
+    recipe: Recipe,
+    counts: Mapping[str, float] | None,
+) -> list[str]:
+    """The texts on which rows are solved."""
+    if sentences is not None:
+        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError("sentences must be texts, at least one")
+        return [text[:LONGEST] for text in texts]
+    mixed = random_texts(counts or word_frequencies(language=recipe.language), recipe.mixtures)
+    usual = {word: word for text in mixed for word in text}
+    if recipe.fold_case:
+        usual = {word: _usual_case(teacher, word) for word in usual}
+    return [" ".join(map(usual.__getitem__, text)) for text in mixed]
+
+
+def _text_vectors(
+    teacher: "Teacher", texts: Sequence[str], width: int, batch_tokens: int, progress: bool
+) -> np.ndarray:
+    """The teacher's vectors of texts (n, D) of length 1, by its own pooling where that has D."""
+    inputs = [teacher.word(text) for text in texts]
+    for pooling in ("own", "mean"):
+        (vectors,) = teacher.embed(
+            inputs, [pooling], batch_tokens=batch_tokens, progress=progress, unit=" texts"
+        )
+        if vectors.shape[1] == width:
+            break
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-32
+    return vectors
+
+
+def _with_solved_texts(
+    table: np.ndarray, segments: Sequence[list[int]], targets: np.ndarray, recipe: Recipe
+) -> np.ndarray:
+    """The table with rows whose mean over a text comes out as the teacher's vector of it."""
+    used = [number for number, segment in enumerate(segments) if segment]
+    segments = [segments[number] for number in used]
+    targets = targets[used] - targets[used].mean(axis=0)
+    means = np.stack([table[segment].mean(axis=0) for segment in segments])
+    # The teacher's vectors have length 1, whatever the lengths of rows are.
+    targets *= (means * targets).sum() / max((targets**2).sum(), 1e-32)
+    return solve_rows(table, segments, targets, ridge=recipe.mixture_ridge, mean=True)
 
 
 def _with_solved_pieces(
@@ -278,7 +354,7 @@ def _with_solved_pieces(
             places.append(ids[token])
     if not segments:
         return table
-    return solve_pieces(table, segments, table[places], free, ridge=ridge)
+    return solve_rows(table, segments, table[places], free=free, ridge=ridge)
 
 
 def _places(vocabulary: Vocabulary, tokens: Iterable[str]) -> list[int]:

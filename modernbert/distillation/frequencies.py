@@ -17,6 +17,7 @@ from modernbert.vocabulary import Vocabulary
 # Shares of tokens in running text; word lists leave punctuation out.
 COMMON_MARKS = {",": 0.04, ".": 0.04}
 MARK, UNSEEN = 5e-4, 1e-9
+NUMBER = 0.01  # of what all numbers with as many digits have together
 INSIDE = 0.05  # how often a piece stands inside a word, as a share of its string being a word
 
 Source = str | os.PathLike[str] | Mapping[str, float] | Iterable[str]
@@ -93,11 +94,26 @@ def _from_texts(texts: Iterable[str]) -> dict[str, float]:
     return dict(counts)
 
 
+def random_texts(frequencies: Mapping[str, float], count: int) -> list[list[str]]:
+    """Texts of 4 to 12 words each, drawn at random by frequency; always the same ones."""
+    words = [word for word in frequencies if word.isalpha()]
+    shares = np.array([frequencies[word] for word in words])
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(4, 13, count)
+    drawn = iter(generator.choice(len(words), lengths.sum(), p=shares / shares.sum()).tolist())
+    return [[words[next(drawn)] for _ in range(length)] for length in lengths]
+
+
+def is_mark(text: str) -> bool:
+    """Whether it is punctuation only."""
+    return not any(letter.isalnum() for letter in text)
+
+
 def token_probabilities(vocabulary: Vocabulary, frequencies: Mapping[str, float]) -> np.ndarray:
     """p (V,) of each token, from the frequencies of words.
 
     A word has its own; a piece inside words a twentieth of what its string has as a word; a mark
-    that the list does not have, what is usual in English.
+    that the list does not have, what is usual in English; a number a hundredth of its wordfreq bin.
     """
     found = np.full(len(vocabulary.tokens), UNSEEN)
     for number, (_, piece) in enumerate(vocabulary.texts()):
@@ -105,6 +121,8 @@ def token_probabilities(vocabulary: Vocabulary, frequencies: Mapping[str, float]
             continue
         text, starts = piece
         share = frequencies.get(text) or frequencies.get(text.lower()) or 0.0
+        if text.isdigit() and len(text) > 1:  # wordfreq has 2026 as 0000
+            share = share or NUMBER * frequencies.get("0" * len(text), 0.0)
         if not share and len(text) == 1 and not text.isalnum():
             share = COMMON_MARKS.get(text, MARK)
         found[number] = max(share if starts else share * INSIDE, UNSEEN)

@@ -5,12 +5,15 @@ Pure functions of numpy arrays. V = tokens, D = the teacher's width, d = the tab
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from .recipe import Dims
 
 logger = logging.getLogger("modernbert")
+
+TINY = 1e-30
 
 
 def rank_probabilities(count: int) -> np.ndarray:
@@ -26,15 +29,26 @@ def sif_weights(probabilities: np.ndarray, a: float | None) -> np.ndarray:
     return a / (a + probabilities)
 
 
-def pca(
+@dataclass(frozen=True)
+class Axes:
+    """What a PCA does to vectors (n, D): less the mean (D,), times the axes (D, d)."""
+
+    mean: np.ndarray
+    axes: np.ndarray
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        return ((vectors - self.mean) @ self.axes).astype(vectors.dtype)
+
+
+def principal_axes(
     vectors: np.ndarray,
     dims: Dims,
     *,
     weights: np.ndarray | None = None,
     drop: int = 0,
     whiten: float = 0.0,
-) -> np.ndarray:
-    """Scores (V, d) of the rows on their principal components.
+) -> Axes | None:
+    """The principal axes of the rows; None when there is nothing to do.
 
     Args:
         vectors: the rows (V, D).
@@ -48,18 +62,20 @@ def pca(
     than rows or components, as many as there are.
     """
     if dims is None:
-        return vectors
+        return None
     rows, width = vectors.shape
     if not isinstance(dims, float) and dims != "auto" and int(dims) >= rows:
         logger.warning("PCA to %s dimensions needs more than %d tokens: no PCA", dims, rows)
-        return vectors
+        return None
     x = vectors.astype(np.float64)
     if weights is None:
-        x -= x.mean(axis=0)
+        mean = x.mean(axis=0)
+        x -= mean
         covariance = x.T @ x / (rows - 1)
     else:
         p = weights / weights.sum()
-        x -= p @ x
+        mean = p @ x
+        x -= mean
         covariance = (x * p[:, None]).T @ x
     variances, components = np.linalg.eigh(covariance)
     variances, components = variances[::-1].clip(min=0), components[:, ::-1]
@@ -73,13 +89,20 @@ def pca(
         if dims != "auto":
             logger.warning("there are %d components, not %d: all are kept", len(variances), kept)
         kept = len(variances)
-    scores = x @ components[:, :kept]
+    axes = components[:, :kept]
     if whiten:
         floor = variances[0] * 1e-9 if len(variances) else 1.0
-        scores /= np.maximum(variances[:kept], floor) ** whiten
+        axes = axes / np.maximum(variances[:kept], floor) ** whiten
+    scores = x @ axes
     largest = np.abs(scores).argmax(axis=0)
     signs = np.sign(scores[largest, np.arange(kept)])
-    return (scores * np.where(signs == 0, 1, signs)).astype(vectors.dtype)
+    return Axes(mean, axes * np.where(signs == 0, 1, signs))
+
+
+def pca(vectors: np.ndarray, dims: Dims) -> np.ndarray:
+    """Scores (V, d) of the rows on their principal axes, all rows counting alike."""
+    axes = principal_axes(vectors, dims)
+    return vectors if axes is None else axes(vectors)
 
 
 def rogue_dimensions(vectors: np.ndarray, share: float = 0.25, pairs: int = 4096) -> list[int]:
@@ -109,45 +132,59 @@ def standardize(vectors: np.ndarray, dimensions: Sequence[int]) -> np.ndarray:
     return result
 
 
-def solve_pieces(
+def solve_rows(
     table: np.ndarray,
     segments: Sequence[Sequence[int]],
     targets: np.ndarray,
-    free: np.ndarray,
     *,
-    weights: np.ndarray | None = None,
-    ridge: float = 0.3,
+    free: np.ndarray | None = None,
+    ridge: float = 1.0,
+    mean: bool = False,
+    steps: int = 50,
 ) -> np.ndarray:
-    """The table (V, d) with the rows `free` changed so that words come out as they should.
+    """The table (V, d) with rows changed so that words or texts come out as they should.
 
-    Minimises, over the free rows E, sum_w f_w |sum of w's rows - target_w|^2 + ridge |E - E0|^2, a
-    sparse least-squares problem, solved one dimension after the other. The sum and not the mean,
-    since a text's vector is the mean over its tokens: each piece counts as much as a whole word.
+    Minimises sum_s |sum of s's rows - target_s|^2 + ridge |E - E0|^2 over the rows E: a sparse
+    least-squares problem, solved by conjugate gradients for all dimensions at once. The sum is
+    right for the pieces of a word, each of which counts as much in a text as a whole word does;
+    the mean for texts.
 
     Args:
-        table: the rows to start from, E0 among them.
-        segments: the tokens of each word; words without a free token say nothing.
-        targets: the vector (n, d) each word should have.
-        free: which rows may change, (V,) bool.
-        weights: f, (n,); all 1 when None.
+        table: the rows to start from, E0.
+        segments: the tokens of each word or text, at least one; those without a free token say
+            nothing.
+        targets: the vector (n, d) each should have.
+        free: which rows may change, (V,) bool; all when None.
         ridge: what holds the rows back.
+        mean: of the rows instead of their sum.
+        steps: at most; fewer when the error is down to a ten-thousandth.
     """
     from scipy.sparse import csr_array
-    from scipy.sparse.linalg import lsqr
 
     lengths = np.array([len(segment) for segment in segments])
     tokens = np.fromiter((t for segment in segments for t in segment), np.int64, lengths.sum())
-    words = np.repeat(np.arange(len(segments)), lengths)
-    scale = np.ones(len(segments)) if weights is None else np.sqrt(weights)
-    shape = (len(segments), len(table))
-    sums = csr_array((scale[words], (words, tokens)), shape=shape)
-    columns = np.flatnonzero(free)
+    values = np.repeat(1 / lengths if mean else np.ones(len(lengths)), lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    sums = csr_array((values.astype(table.dtype), tokens, starts), (len(lengths), len(table)))
+    counts = np.bincount(tokens, minlength=len(table))
+    columns = np.flatnonzero(counts if free is None else counts * free)
     system = sums[:, columns]
-    used = np.flatnonzero(np.diff(system.indptr))
-    system = system[used]
-    missing = scale[used, None] * targets[used] - sums[used] @ table  # (words, d)
+    residual = system.T @ (targets - sums @ table)  # (free rows, d)
+    diagonal = (system.power(2).sum(axis=0) + ridge)[:, None]  # preconditions
+    change = np.zeros_like(residual)
+    direction = residual / diagonal
+    size = (residual * direction).sum(axis=0)
+    enough = 1e-8 * size
+    for _ in range(steps):
+        if not (size > enough).any():
+            break
+        image = system.T @ (system @ direction) + ridge * direction
+        step = size / np.maximum((direction * image).sum(axis=0), TINY)
+        change += step * direction
+        residual -= step * image
+        scaled = residual / diagonal
+        before, size = size, (residual * scaled).sum(axis=0)
+        direction = scaled + size / np.maximum(before, TINY) * direction
     result = table.copy()
-    for dimension in range(table.shape[1]):
-        solution = lsqr(system, missing[:, dimension], damp=ridge**0.5, atol=1e-4, btol=1e-4)
-        result[columns, dimension] += solution[0]
+    result[columns] += change
     return result

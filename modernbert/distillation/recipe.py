@@ -39,6 +39,12 @@ class Recipe:
         whiten: components are divided by variance ** whiten.
         rogue: scale down dimensions that dominate every cosine.
         ridge: solve the rows of pieces inside words with this regularisation; None to leave them.
+        mixtures: texts of random words, drawn by frequency, on which the rows are solved: the mean
+            of a text's rows should be the teacher's vector of it. 0 to leave the rows as they are.
+        mixture_ridge: what holds the rows back in that.
+        relax: rows are divided by weight ** relax afterwards. Texts tell more of rare words, labels
+            also depend on frequent ones.
+        marks: factor of the rows of punctuation.
         dtype: of the table.
         clusters: tokens share that many rows, by k-means; None for a row each.
         max_length: tokens of a text that count; None for all.
@@ -63,6 +69,10 @@ class Recipe:
     whiten: float = 0.25
     rogue: bool = True
     ridge: float | None = 1.0
+    mixtures: int = 10_000
+    mixture_ridge: float = 0.2
+    relax: float = 0.4
+    marks: float = 0.3
     dtype: str = "float16"
     clusters: int | None = None
     max_length: int | None = None
@@ -90,6 +100,10 @@ class Recipe:
             ("drop", 0),
             ("whiten", 0),
             ("ridge", 0),
+            ("mixtures", 0),
+            ("mixture_ridge", 0),
+            ("relax", 0),
+            ("marks", 0),
             ("clusters", 1),
         ):
             value = getattr(self, name)
@@ -134,6 +148,9 @@ PRESETS = {
         whiten=0.0,
         rogue=False,
         ridge=None,
+        mixtures=0,
+        relax=0.0,
+        marks=1.0,
         max_length=512,
     ),
 }

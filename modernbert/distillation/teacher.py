@@ -12,11 +12,13 @@ import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
+from modernbert import kernels
 from modernbert.model import ModernBertModel
 from modernbert.packing import pack, token_budget_batches
-from modernbert.pooling import Normalize, reduce_segments
+from modernbert.pooling import Normalize
 from modernbert.pretrained import PreTrainedModel, best_device
 from modernbert.sentence import SentenceEncoder
 from modernbert.tokenizer import Tokenizer
@@ -137,8 +139,8 @@ def pool(pooling: str, states: Tensor, inputs: Sequence[Input]) -> Tensor:
         ]
         states = states[torch.tensor(kept, device=states.device)]
         lengths = [item.stop - item.start for item in inputs]
-    sums = reduce_segments(states, lengths, "sum")
-    return sums / torch.tensor(lengths, dtype=sums.dtype, device=sums.device)[:, None]
+    offsets = F.pad(torch.tensor(lengths, device=states.device).cumsum(0), (1, 0))
+    return kernels.mean_pool(states, offsets)
 
 
 class Teacher:
@@ -206,6 +208,7 @@ class Teacher:
         layers: Sequence[int] = (-1,),
         batch_tokens: int = 4096,
         progress: bool = False,
+        unit: str = " words",
     ) -> list[np.ndarray]:
         """For each pooling one float32 vector (n, d) of each input; what is not finite becomes 0.
 
@@ -219,7 +222,7 @@ class Teacher:
         tables: list[np.ndarray] = []
         lengths = (len(inputs[i].ids) for i in order)
         done = 0
-        with tqdm(total=len(inputs), desc="Teacher", unit=" words", disable=not progress) as bar:
+        with tqdm(total=len(inputs), desc="Teacher", unit=unit, disable=not progress) as bar:
             for group in token_budget_batches(lengths, batch_tokens, max_sequences=1024):
                 places = order[done : done + len(group)]
                 done += len(group)
