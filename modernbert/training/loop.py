@@ -557,5 +557,5 @@ def _short(line: Metrics) -> Iterator[str]:
     """The numbers of a log line that a progress bar has room for."""
     for key, value in line.items():
         if key.endswith("/loss"):
-            yield f"{key.split('/')[0]} {value:.3f}"
+            yield f"{key.removesuffix('/loss')} {value:.3f}"
     yield f"lr {line['lr']:.1e} mfu {line['utilisation']:.0%}"

@@ -5,6 +5,7 @@ share. All randomness of a step comes from (seed, step), so that a run that was 
 that is spread over other processes, sees the same texts and the same masks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from .store import TokenStore
 
 EVALUATION_MASK_RATE = 0.15
 EVALUATION_ROWS, EVALUATION_TEXTS = 16, 1024  # of a validation
+PHASE = 1_000_000  # epochs between the seeds of two phases
 Metrics = dict[str, float]
 
 
@@ -66,6 +68,11 @@ class Context:
     def rng(self, *key: int) -> np.random.Generator:
         """Random numbers for one place of the run."""
         return np.random.Generator(np.random.PCG64DXSM([self.recipe.seed, *key]))
+
+    def order(self, count: int, phase: Phase) -> Callable[[int], np.ndarray]:
+        """The order (count,) of an epoch; each phase has others, or it would repeat the first."""
+        index = next(i for i, other in enumerate(self.recipe.phases) if other is phase)
+        return lambda epoch: permutation(count, self.recipe.seed + PHASE * index, epoch)
 
     def autocast(self) -> torch.autocast:
         """Arithmetic in the recipe's dtype."""
@@ -133,12 +140,9 @@ class MaskedLM:
         self.context, self.model, self.spec = context, model, spec
         self.name = f"mlm/{spec.data}"
         capacity, size = context.recipe.micro_tokens, phase.max_length - 2
-        seed = context.recipe.seed
         self.pieces = Pieces.cut(store, size)
-        count = len(self.pieces.lengths)
-        self.packer = BestFitPacker(
-            self.pieces.lengths + 2, lambda epoch: permutation(count, seed, epoch), capacity
-        )
+        order = context.order(len(self.pieces.lengths), phase)
+        self.packer = BestFitPacker(self.pieces.lengths + 2, order, capacity)
         self.warmup = BatchWarmup(1, spec.rows, phase.batch_warmup_tokens)
         self.held_out = None if validation is None else Pieces.cut(validation, size)
         self.special = special_ids(context.tokenizer)
@@ -241,14 +245,15 @@ class TextTask:
             raise ValueError(
                 f"data.{spec.data} has {records} records, fewer than texts = {spec.texts}"
             )
+        self.order_of = context.order(records, phase)
         self.epoch = self.position = 0
-        self.order = permutation(records, context.recipe.seed, 0)
+        self.order = self.order_of(0)
 
     def next_records(self) -> np.ndarray:
         """(texts,) indices of the next global batch; an epoch's rest that fills none is left."""
         if self.position + self.spec.texts > self.records:
             self.epoch, self.position = self.epoch + 1, 0
-            self.order = permutation(self.records, self.context.recipe.seed, self.epoch)
+            self.order = self.order_of(self.epoch)
         self.position += self.spec.texts
         return self.order[self.position - self.spec.texts : self.position]
 
@@ -273,7 +278,7 @@ class TextTask:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
-        self.order = permutation(self.records, self.context.recipe.seed, self.epoch)
+        self.order = self.order_of(self.epoch)
 
 
 class VectorTask(TextTask):
