@@ -19,6 +19,7 @@ from modernbert.sentence_layout import Settings
 HERE = Path(__file__).parent
 FOLDER = click.Path(file_okay=False, path_type=Path)
 KEPT = ("log.jsonl", "training.png")
+RECIPES = ("first.toml", "mini.toml")  # the second goes on from the first
 
 
 @click.command()
@@ -34,14 +35,16 @@ def main(data: Path, out: Path, into: Path, settings: tuple[str, ...]) -> None:
     if not (out / "data" / "sources.json").is_file():
         command = [sys.executable, str(HERE / "prepare.py"), "--data", str(data)]
         subprocess.run([*command, "--out", str(out / "data")], check=True)
-    shutil.copy(HERE / "mini.toml", out / "mini.toml")
-    recipe = read_recipe(out / "mini.toml", settings)
-    model = Trainer(recipe).run()
-    if model is None:
-        raise SystemExit("stopped; run the same command to go on")
+    for name in RECIPES:
+        shutil.copy(HERE / name, out / name)
+        recipe = read_recipe(out / name, settings)
+        model = recipe.path(recipe.output) / "model"
+        if not model.is_dir() and Trainer(recipe).run() is None:
+            raise SystemExit("stopped; run the same command to go on")
+    export(model, into, settings_of(recipe))
     figures = out / "figures.json"
-    evaluate(model, data, figures)
-    export(model, into, settings_of(recipe), json.loads(figures.read_text("utf-8")))
+    evaluate(into, data, figures)
+    write_card(into, json.loads(figures.read_text("utf-8")))
     (into / "recipe").mkdir(exist_ok=True)
     for name in KEPT:
         shutil.copy(out / "run" / name, into / "recipe" / name)
@@ -50,16 +53,17 @@ def main(data: Path, out: Path, into: Path, settings: tuple[str, ...]) -> None:
 
 
 def evaluate(model: Path, data: Path, figures: Path) -> None:
-    """Score the model with the command that the README names."""
+    """Score the model with the commands that the README names."""
     command = [sys.executable, "-m", "modernbert", "evaluate", str(model), "--data", str(data)]
+    command += ["--json", str(figures)]
     suites = ("wordsim", "sts", "classification-full", "retrieval", "long", "mlm")
-    for suite in suites:
-        command += ["--suite", suite]
-    subprocess.run([*command, "--json", str(figures)], check=True)
+    subprocess.run([*command, *(f"--suite={suite}" for suite in suites)], check=True)
+    short = ["--suite=sts", "--task=STS-B test", "--dims=128", "--dims=64"]
+    subprocess.run([*command, *short, f"--with={figures}"], check=True)
 
 
-def export(model: Path, into: Path, settings: Settings, figures: dict) -> None:
-    """Write the finished model in float16, with its card, in the layout that everyone loads."""
+def export(model: Path, into: Path, settings: Settings) -> None:
+    """Write the finished model in float16, in the layout that everyone loads."""
     import torch
 
     from modernbert import ModernBertForMaskedLM, Tokenizer
@@ -73,17 +77,23 @@ def export(model: Path, into: Path, settings: Settings, figures: dict) -> None:
         into,
         settings,
     )
+
+
+def write_card(into: Path, figures: dict) -> None:
+    """The model card, with the scores."""
     card = (HERE / "card.md").read_text("utf-8").replace("{{figures}}", table(figures))
     (into / "README.md").write_text(card, "utf-8")
 
 
 def table(figures: dict) -> str:
-    """The scores as a Markdown table, one row a task."""
+    """The scores as a Markdown table, one row a task and number of dimensions."""
     rows = ["| suite | set | metric | score |", "|---|---|---|---:|"]
     for score in figures["scores"]:
-        cells = (score["suite"], score["task"], score["metric"], f"{score['value']:.1f}")
+        _, short, dims = score["model"].partition(" [")
+        name = score["task"] + short + dims
+        cells = (score["suite"], name, score["metric"], f"{score['value']:.1f}")
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return "\n".join(dict.fromkeys(rows))
 
 
 if __name__ == "__main__":
