@@ -766,10 +766,7 @@ def words(text: str) -> set[str]:
 
 
 ANSWERS = {
-    "how do animals survive the winter?": [
-        "Brown bears live off stored fat for months while they doze in their dens.",
-        "Hedgehogs curl up under dry leaves in November and sleep until spring.",
-    ],
+    "money for old age": ["Contributions to a pension are often free of tax until you retire."],
     "I cannot pay back my home loan": [
         "The bank can take the house if the mortgage is not repaid."
     ],

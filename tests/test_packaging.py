@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from importlib import metadata
@@ -137,7 +138,8 @@ def test_the_wheel_made_from_the_sdist_holds_every_file(built: Path, tmp_path: P
 
 def test_the_sdist_can_be_tested(built: Path, tmp_path: Path) -> None:
     [sdist] = built.glob("*.tar.gz")
-    shutil.unpack_archive(sdist, tmp_path, filter="data")
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    shutil.unpack_archive(sdist, tmp_path, **safely)
     [folder] = tmp_path.iterdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "modernbert", "kernels", "weights"):
         assert (folder / name).exists(), name

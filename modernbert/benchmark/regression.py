@@ -100,7 +100,9 @@ def unpack(revision: str, folder: Path) -> str:
         command = ["git", "archive", commit, *(name for name in wanted if name in present)]
         done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True)
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-            archive.extractall(folder, filter="data")
+            # Python 3.10 and 3.11 have filters in their later releases only.
+            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(folder, **safely)
     for name in SUB_PACKAGES:
         if (folder / name).is_dir():
             (folder / name).rename(folder / "modernbert" / name)
