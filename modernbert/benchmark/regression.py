@@ -101,7 +101,7 @@ def unpack(revision: str, folder: Path) -> str:
         done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True)
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
             # Python 3.10 and 3.11 have filters in their later releases only.
-            safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             archive.extractall(folder, **safely)
     for name in SUB_PACKAGES:
         if (folder / name).is_dir():
