@@ -69,7 +69,8 @@ def curve(folder: Path, start: str, values: dict[str, object]) -> dict[int, floa
     """Held-out loss by step of one start."""
     folder.mkdir()
     (folder / "recipe.toml").write_text(RECIPE.format(start=start, **values), "utf-8")
-    Observed(read_recipe(folder / "recipe.toml")).run()
+    if Observed(read_recipe(folder / "recipe.toml")).run() is None:
+        raise SystemExit("stopped: two runs of different lengths say nothing")
     return {line["step"]: line[LOSS] for line in read_log(folder / "log.jsonl") if LOSS in line}
 
 
