@@ -17,6 +17,9 @@ from torch import Tensor
 from . import blocked
 from .varlen import Kernel, Sequences, attend, sequences
 
+# What flash-attn calls the arguments of a `Kernel` after q, k and v.
+NAMES = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,25 +78,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, local: bool) -> Te
 def _package(module: str) -> Kernel:
     """A call of a flash-attn package: 2, 3 and 4 name their arguments alike."""
 
-    def call(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_queries: Tensor,
-        cu_keys: Tensor,
-        longest_query: int,
-        longest_key: int,
-        window: int,
-        deterministic: bool,
-    ) -> Tensor:
+    def call(*packed: Any, window: int, deterministic: bool) -> Tensor:
         found = import_module(module).flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_queries,
-            cu_seqlens_k=cu_keys,
-            max_seqlen_q=longest_query,
-            max_seqlen_k=longest_key,
+            *packed[:3],
+            **dict(zip(NAMES, packed[3:], strict=True)),
             window_size=(window, window) if window >= 0 or "cute" not in module else (None, None),
             deterministic=deterministic,
         )
@@ -102,47 +90,19 @@ def _package(module: str) -> Kernel:
     return call
 
 
-def _varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    longest_query: int,
-    longest_key: int,
-    window: int,
-) -> Tensor:
+def _varlen(*packed: Any, window: int) -> Tensor:
     """`torch.nn.attention.varlen`, kept from taking cuDNN for the layers without a window."""
     attention = import_module("torch.nn.attention")
     varlen = import_module("torch.nn.attention.varlen")
     with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
-        return varlen.varlen_attn(
-            q,
-            k,
-            v,
-            cu_queries,
-            cu_keys,
-            longest_query,
-            longest_key,
-            window_size=(window, window),
-        )
+        return varlen.varlen_attn(*packed, window_size=(window, window))
 
 
-def _aten(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    longest_query: int,
-    longest_key: int,
-    window: int,
-) -> Tensor:
+def _aten(*packed: Any, window: int) -> Tensor:
     """What `torch.nn.attention.varlen` calls, in versions whose varlen knows no windows."""
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_queries, cu_keys, longest_query, longest_key, 0.0, False, False,
-        window_size_left=window, window_size_right=window,
-    )[0]  # fmt: skip
+        *packed, 0.0, False, False, window_size_left=window, window_size_right=window
+    )[0]
 
 
 CALLS: dict[str, Kernel] = {

@@ -248,7 +248,7 @@ def test_flash_attention_gets_the_right_arguments(
 def test_the_internal_operator_takes_what_it_is_given(window: int) -> None:
     q, k, v = (torch.empty(10, 2, 64, dtype=HALF, device="meta") for _ in range(3))
     ends = torch.empty(4, dtype=torch.int32, device="meta")
-    out = flash.CALLS["aten"](q.requires_grad_(), k, v, ends, ends, 5, 5, window)
+    out = flash.CALLS["aten"](q.requires_grad_(), k, v, ends, ends, 5, 5, window=window)
     assert out.shape == q.shape and out.dtype == HALF and out.grad_fn is not None
 
 
@@ -281,6 +281,28 @@ def test_flash_attention_is_told_to_be_deterministic(
     finally:
         torch.use_deterministic_algorithms(False)
     assert told == [bool(by_config or by_switch)] * 2
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_config_asks_for_determinism(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModernBertConfig(
+        vocab_size=10,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        pad_token_id=0,
+        deterministic_flash_attn=asked,
+    )
+    told, plan_attention = [], kernels.plan_attention
+
+    def noting(*args: Any, **options: Any) -> Any:
+        told.append(options["deterministic"])
+        return plan_attention(*args, **options)
+
+    monkeypatch.setattr(kernels, "plan_attention", noting)
+    ModernBertModel(config)(pack([[1, 2, 3]]))
+    assert told == [asked]
 
 
 def test_every_kind_can_be_called() -> None:
