@@ -166,6 +166,8 @@ class SentenceEncoder(nn.Module):
     ) -> "SentenceEncoder":
         """`ModernBertModel.optimize` of the encoder inside; pooling and Dense layers stay."""
         self.model.optimize(linears=linears, fp16_accumulate=fp16_accumulate)
+        if self.graphs is not None:  # they run the layers that were there before
+            self.graphs = GraphedModel(self.model)
         return self
 
     # -- properties -------------------------------------------------------------------------

@@ -8,17 +8,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modernbert import ModernBertConfig, ModernBertModel, PackedBatch, kernels, pack
+from modernbert import (
+    ModernBertConfig,
+    ModernBertModel,
+    PackedBatch,
+    SentenceEncoder,
+    Tokenizer,
+    kernels,
+    pack,
+)
 from modernbert.graphs import Capture, GraphedModel, bucket_of, describe, described
 from modernbert.kernels import dispatch
 
@@ -284,6 +295,24 @@ def test_what_runs_as_ever_gives_the_same() -> None:
         assert torch.equal(graphed(batch), model(batch).last_hidden_state)
     graphed(batch).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_sentence_encoder_runs_its_graphs(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(100)}, "w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = SentenceEncoder(copy.deepcopy(small("blocked")), Tokenizer(backend.to_str().encode()))
+    words = ["w1 w2 w3", "w4", "w5 w6"]
+    plain = encoder.encode(words)
+    encoder.save_pretrained(tmp_path)
+    assert encoder.graphs is None
+    assert SentenceEncoder.from_pretrained(tmp_path).graphs is None
+    graphed = SentenceEncoder.from_pretrained(tmp_path, cuda_graphs=True)
+    assert graphed.graphs is not None and graphed.graphs.model is graphed.model
+    graphed.graphs, before = Graphed(graphed.model), Rerun.captures
+    torch.testing.assert_close(graphed.encode(words), plain, rtol=1e-5, atol=1e-6)
+    assert Rerun.captures == before + 1
+    graphed.optimize()  # a new start: what was captured runs the old layers
+    assert isinstance(graphed.graphs, GraphedModel) and not graphed.graphs.graphs
 
 
 def test_how_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
