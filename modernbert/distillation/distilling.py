@@ -311,12 +311,11 @@ def _text_vectors(
 ) -> np.ndarray:
     """The teacher's vectors of texts (n, D) of length 1, by its own pooling where that has D."""
     inputs = [teacher.word(text) for text in texts]
-    for pooling in ("own", "mean"):
-        (vectors,) = teacher.embed(
-            inputs, [pooling], batch_tokens=batch_tokens, progress=progress, unit=" texts"
-        )
-        if vectors.shape[1] == width:
-            break
+    (first,) = teacher.embed(inputs[:1])
+    pooling = "own" if first.shape[1] == width else "mean"
+    (vectors,) = teacher.embed(
+        inputs, [pooling], batch_tokens=batch_tokens, progress=progress, unit=" texts"
+    )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-32
     return vectors
 
