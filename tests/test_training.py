@@ -414,6 +414,35 @@ def test_prompts_reach_the_student_and_the_finished_model_only(material, tmp_pat
         loop.Trainer(read_recipe(material / "recipe.toml", settings))._turn(32)
 
 
+def test_a_phase_does_not_begin_with_the_texts_of_the_one_before(material, tmp_path):
+    recipe = read_recipe(material / "recipe.toml", [f"output={str(tmp_path)!r}"])
+    context = loop.Trainer(recipe).context
+    first, second = (context.order(1000, phase) for phase in recipe.phases)
+    orders = [first(0), first(1), second(0), second(1)]
+    assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
+    assert len({order.tobytes() for order in orders}) == 4
+    np.testing.assert_array_equal(first(0), context.order(1000, recipe.phases[0])(0))
+
+
+def test_a_run_starts_from_a_model_of_another_vocabulary(material, whole, tmp_path):
+    backend = json.loads((material / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = backend["model"]["vocab"]
+    for i in range(30):  # as many tokens, half of the words in each other's places
+        a, b = f"word{2 * i}", f"word{2 * i + 1}"
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    shutil.copytree(material / "tokenizer", tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(backend))
+    start = [f"start.tile={str(whole / 'model')!r}", f"output={str(tmp_path / 'run')!r}"]
+    other = f"tokenizer={str(tmp_path / 'other')!r}"
+    rows = load_file(whole / "model" / "model.safetensors")[
+        "model.embeddings.tok_embeddings.weight"
+    ]
+    for settings, places in ((start, slice(None)), ([*start, other], [*vocabulary.values()])):
+        trainer = loop.Trainer(read_recipe(material / "recipe.toml", settings))
+        table = trainer._model().get_input_embeddings().weight
+        torch.testing.assert_close(table[places], rows)
+
+
 def test_teacher_vectors_go_on_where_they_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr("modernbert.training.teacher.load_teacher", lambda *_: FakeTeacher())
     monkeypatch.setattr("modernbert.training.teacher.SHARD", 4)
