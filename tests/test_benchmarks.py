@@ -2,7 +2,10 @@ import csv
 import gzip
 import io
 import json
+import os
 import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -487,7 +490,7 @@ ENTRY = {
 def test_the_report_has_every_condition(report: dict[str, Any]) -> None:
     assert report["schema"] == 1
     conditions = report["machine"]
-    assert {"cpu", "cpu_features", "cores", "memory_bytes", "load_average"} <= conditions.keys()
+    assert {"cpu", "cpu_features", "cores", "memory_bytes", "cores_in_use"} <= conditions.keys()
     assert (
         conditions["versions"]["torch"] == torch.__version__.split("+")[0]
         or "+" in (conditions["versions"]["torch"])
@@ -526,10 +529,21 @@ def test_every_workload_has_complete_entries(report: dict[str, Any]) -> None:
 
 
 def test_a_busy_machine_is_a_warning() -> None:
-    assert runner.busy({"load_average": [0.1, 5.0, 5.0], "usable_cores": 2}) == []
-    assert runner.busy({"load_average": None, "usable_cores": 2}) == []
-    (warning,) = runner.busy({"load_average": [3.5, 0.0, 0.0], "usable_cores": 2})
-    assert "load 3.5 on 2 cores" in warning
+    assert runner.busy(0.1, 2) == runner.busy(None, 2) == []
+    (warning,) = runner.busy(0.9, 2)
+    assert "0.9 of 2 cores" in warning
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux counts ticks in /proc/stat")
+def test_who_uses_the_cores_is_counted() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.2)
+        used = machine.cores_in_use(0.5)
+    finally:
+        busy.kill()
+        busy.wait()
+    assert used is not None and 0.5 < used <= (os.cpu_count() or 1)
 
 
 def test_the_report_lists_who_is_absent(report: dict[str, Any]) -> None:

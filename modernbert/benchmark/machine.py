@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_total(),
-        "load_average": load_average(),
+        "cores_in_use": cores_in_use(),
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "pretended": os.environ.get("MODERNBERT_PRETEND") or None,
         "python": sys.version.split()[0],
@@ -52,9 +53,20 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def load_average() -> list[float] | None:
-    """Of the last 1, 5 and 15 minutes; other people's work shows here."""
-    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+def cores_in_use(seconds: float = 1.0) -> float | None:
+    """Cores that others keep busy while this process sleeps; None where there is no /proc/stat."""
+    if not Path("/proc/stat").exists():
+        return None
+    before = _ticks()
+    time.sleep(seconds)
+    total, idle = (now - then for now, then in zip(_ticks(), before, strict=True))
+    return round((os.cpu_count() or 1) * (1 - idle / max(total, 1)), 2)
+
+
+def _ticks() -> tuple[int, int]:
+    """All time of all cores since the start, and what of it was idle or waiting for a disk."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return sum(fields), fields[3] + fields[4]
 
 
 def versions() -> dict[str, str | None]:

@@ -25,7 +25,7 @@ from .workloads import Skipped, Workload
 SCHEMA = 1
 PREPARING = 0.3  # of the whole time; compiling 22 layers for several shapes takes minutes
 RESERVED = 0.15  # of the time left stays for memory and the like
-BUSY = 0.4  # load per core
+BUSY = 0.1  # of the cores
 LONG = 4.0  # times as much time for a workload with texts beyond 2048 tokens
 EVEN_TOKENS = 256
 ALONE = 65_536  # tokens of attention alone
@@ -53,8 +53,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     conditions = machine.conditions(setting.device)
     say(f"{conditions['cpu']}, {setting.threads} threads, {setting.dtype}")
-    warnings = busy(conditions)
-    for warning in warnings:
+    for warning in busy(conditions["cores_in_use"], conditions["usable_cores"]):
         say(warning)
     before = measure_ceiling(setting.dtype, setting.device)
     say("peers:")
@@ -71,6 +70,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     largest = measure_largest(options, contest, say) if "largest" in options.parts else []
     alone = measure_alone(options, setting, say) if "attention" in options.parts else {}
     ceiling = best([before, measure_ceiling(setting.dtype, setting.device)])
+    used = [x for x in (conditions["cores_in_use"], machine.cores_in_use()) if x is not None]
     counted = {contest.ours.name: True, NAME: True, INVARIANT: True, BARE: True}
     counted |= {prepared.peer.name: prepared.peer.modernbert for prepared in contest.others}
     for workload in measured:
@@ -80,9 +80,9 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         "benchmark": "modernbert bench",
         "started": started,
         "seconds": round(clock.elapsed(), 1),
-        "warnings": warnings,
+        "warnings": busy(max(used, default=None), conditions["usable_cores"]),
         "machine": conditions,
-        "load_average_after": machine.load_average(),
+        "cores_in_use_after": used[-1] if used else None,
         "settings": {
             "preset": options.preset,
             **asdict(options.settings),
@@ -101,15 +101,13 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def busy(conditions: dict[str, Any]) -> list[str]:
-    """What to tell a reader when others were using the machine at the start."""
-    load = (conditions["load_average"] or [0.0])[0]
-    if load < BUSY * conditions["usable_cores"]:
+def busy(used: float | None, cores: int) -> list[str]:
+    """What to tell a reader when others were using `used` of the machine's cores."""
+    if used is None or used < BUSY * cores:
         return []
     return [
-        f"Others were using this machine (load {load} on {conditions['usable_cores']} cores): "
-        "figures and ratios are not to be relied on. PyTorch suffers most, as its threads wait for "
-        "each other."
+        f"Others were using this machine ({used} of {cores} cores): figures and ratios are not to "
+        "be relied on. PyTorch suffers most, as its threads wait for each other."
     ]
 
 

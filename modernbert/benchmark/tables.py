@@ -90,7 +90,8 @@ def _conditions(report: dict[str, Any]) -> Iterator[str]:
         f"{machine['cpu']} ({', '.join(machine['cpu_features'])}), "
         f"{machine['usable_cores']} cores, "
         + (f"{memory / 2**30:.0f} GiB, " if memory else "")
-        + f"load {machine['load_average']} before and {report['load_average_after']} after;"
+        + f"others used {machine['cores_in_use']} cores before and {report['cores_in_use_after']} "
+        + "after;"
     )
     yield ", ".join(f"{name} {version}" for name, version in versions.items() if version) + ";"
     if revision:
