@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -45,7 +46,7 @@ from modernbert.benchmark.measure import Contestant, alternate, spread
 from modernbert.benchmark.peers import SIZES, Setting
 from modernbert.benchmark.plots import FIGURES, draw
 from modernbert.benchmark.presets import PRESETS
-from modernbert.benchmark.results import BASIS
+from modernbert.benchmark.results import BASIS, model_name
 from modernbert.benchmark.runner import resolve_dtype
 from modernbert.benchmark.tables import markdown
 from modernbert.benchmark.workloads import (
@@ -526,6 +527,22 @@ def test_every_workload_has_complete_entries(report: dict[str, Any]) -> None:
                 assert ratio["pairs"] == len(entry["passes"]) >= 1
             speed = workload["tokens"] / median(entry["passes"])
             assert entry["tokens_per_second"] == pytest.approx(speed, rel=1e-2)
+
+
+def test_a_slow_machine_gets_fewer_layers() -> None:
+    setting = Setting.make("tiny", torch.float32, torch.device("cpu"), 1)
+    preset = dataclasses.replace(PRESETS["cpu"], docs=2, slow_layers=1)
+    slow = runner.fitted(setting, dataclasses.replace(preset, pass_seconds=0.0))
+    assert slow.config == setting.config.replace(num_hidden_layers=1)
+    for change in (
+        {"pass_seconds": 1e9},
+        {"pass_seconds": None},
+        {"pass_seconds": 0.0, "layers": 2},
+    ):
+        assert runner.fitted(setting, dataclasses.replace(preset, **change)) is setting
+    settings = {"size": "base", "layers": 6, "layers_of_size": 22, "dtype": "float32"}
+    assert model_name({"settings": settings}) == "ModernBERT-base, 6 of 22 layers, float32"
+    assert model_name({"settings": settings | {"layers": 22}}) == "ModernBERT-base, float32"
 
 
 def test_a_busy_machine_is_a_warning() -> None:

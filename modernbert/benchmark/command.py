@@ -23,6 +23,7 @@ POSITIVE = click.IntRange(min=1)
 @option("--preset", type=click.Choice(list(PRESETS)), default="cpu", help="The kind of machine.")
 @option("--size", type=click.Choice(SIZES), default="base", help="Of the model.")
 @option("--docs", type=POSITIVE, help="Texts of the N(256, 64) workload; others in proportion.")
+@option("--layers", type=POSITIVE, help="Of the model; default: all, on slow CPUs six.")
 @option("--dtype", type=click.Choice(DTYPES), help="Default: the preset's.")
 @option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Time for the whole run.")
 @option("--rounds", type=POSITIVE, help="Alternating pairs at most.")
@@ -52,6 +53,7 @@ def bench(
     preset: str,
     size: str,
     docs: int | None,
+    layers: int | None,
     dtype: str | None,
     minutes: float | None,
     rounds: int | None,
@@ -78,6 +80,7 @@ def bench(
 
     changes: dict[str, Any] = {
         "docs": docs,
+        "layers": layers,
         "dtype": dtype,
         "minutes": minutes,
         "rounds": rounds,
@@ -89,8 +92,6 @@ def bench(
         if (pretended() or (8, 0)) < (8, 0) and not dtype:
             changes["dtype"] = "float16"
     given = {name: value for name, value in changes.items() if value}
-    if docs:
-        given["pass_seconds"] = None
     settings = dataclasses.replace(PRESETS[preset], **given)
     options = Options(preset, settings, size, threads, data or beside_checkout(), parts or PARTS)
     stem = f"{short_name(settings.device)}-{date.today().isoformat()}"

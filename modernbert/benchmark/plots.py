@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .results import is_ours
+from .results import is_ours, model_name
 
 COLOURS = {
     "modernbert": "#d1495b",
@@ -198,7 +198,7 @@ def _title(report: dict[str, Any]) -> str:
     where = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]
     if not machine["gpu"]:
         where += f", {settings['threads']} threads"
-    return f"ModernBERT-{settings['size']}, {settings['dtype']}, {where}"
+    return f"{model_name(report)}, {where}"
 
 
 FIGURES = {"paper": _paper, "real-text": _real, "length": _lengths, "memory": _memory}

@@ -15,6 +15,14 @@ from .workloads import Workload
 BASIS = ("modernbert", "SentenceEncoder.encode")  # what ratios refer to
 
 
+def model_name(report: dict[str, Any]) -> str:
+    """What was measured, for titles: "ModernBERT-base, 6 of 22 layers, float32"."""
+    settings = report["settings"]
+    layers, full = settings["layers"], settings["layers_of_size"]
+    cut = "" if layers == full else f", {layers} of {full} layers"
+    return f"ModernBERT-{settings['size']}{cut}, {settings['dtype']}"
+
+
 def entry(peer: str, split: Split | None, workload: Workload, timing: Timing) -> dict[str, Any]:
     """One implementation on one workload; every figure is None where nothing was measured."""
     seconds = timing.median

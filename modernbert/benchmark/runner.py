@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .contest import Contest, prepare_all
 from .end_to_end import BARE, INVARIANT, NAME, THEIRS, end_to_end
 from .measure import Timing, alternate, describe, timed
 from .memory import largest_batch, peak_bytes
-from .peers import Peer, Setting
+from .peers import SIZES, Peer, Setting
 from .presets import PARTS, Preset
 from .results import add_shares, entry, result, skipped
 from .workloads import Skipped, Workload
@@ -56,6 +56,9 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     for warning in busy(conditions["cores_in_use"], conditions["usable_cores"]):
         say(warning)
     before = measure_ceiling(setting.dtype, setting.device)
+    setting = fitted(setting, options.settings)
+    if setting.config.num_hidden_layers < SIZES[setting.size].num_hidden_layers:
+        say(f"a model of {setting.config.num_hidden_layers} layers")
     say("peers:")
     contest = prepare_all(
         setting,
@@ -64,7 +67,6 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         say,
         deadline=clock.begun + PREPARING * clock.limit,
     )
-    options = replace(options, settings=fitted(options.settings, contest))
     measured = measure_workloads(options, contest, clock, say)
     memory = measure_memory(options, contest, say) if "memory" in options.parts else []
     largest = measure_largest(options, contest, say) if "largest" in options.parts else []
@@ -87,6 +89,8 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
             "preset": options.preset,
             **asdict(options.settings),
             "size": setting.size,
+            "layers": setting.config.num_hidden_layers,
+            "layers_of_size": SIZES[setting.size].num_hidden_layers,
             "dtype": str(setting.dtype).removeprefix("torch."),
             "threads": setting.threads,
             "parts": list(options.parts),
@@ -111,16 +115,19 @@ def busy(used: float | None, cores: int) -> list[str]:
     ]
 
 
-def fitted(settings: Preset, contest: Contest) -> Preset:
-    """Fewer texts on a machine on which a pass over them would take too long."""
-    if settings.pass_seconds is None:
-        return settings
+def fitted(setting: Setting, settings: Preset) -> Setting:
+    """A model of fewer layers on a machine on which a pass over the texts would take too long."""
+    layers = min(settings.slow_layers, setting.config.num_hidden_layers)
+    if settings.pass_seconds is None or settings.layers is not None:
+        return setting
     sample = workloads.variable(256, 64, 512, min(4, settings.docs))
-    ours = contest.contestant(contest.ours, sample, contest.given)
+    alone = prepare_all(setting, (), settings.batch_tokens, lambda _: None)
+    ours = alone.contestant(alone.ours, sample, alone.given)
     with torch.inference_mode():
-        seconds = min(timed(ours.run, contest.setting.device, time.perf_counter) for _ in range(2))
-    docs = int(len(sample.lengths) * settings.pass_seconds / seconds)
-    return replace(settings, docs=max(2, min(docs, settings.docs)))
+        seconds = min(timed(ours.run, setting.device, time.perf_counter) for _ in range(2))
+    if seconds * settings.docs / len(sample.lengths) <= settings.pass_seconds:
+        return setting
+    return Setting.make(setting.size, setting.dtype, setting.device, setting.threads, layers)
 
 
 class Clock:
@@ -148,7 +155,7 @@ def make_setting(options: Options) -> Setting:
     threads = options.threads or machine.usable_cores()
     torch.set_num_threads(threads)
     dtype = resolve_dtype(options.settings.dtype, device)
-    return Setting.make(options.size, dtype, device, threads)
+    return Setting.make(options.size, dtype, device, threads, options.settings.layers)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .attention import attention_rows, failures
 from .linears import linear_rows
-from .results import BASIS
+from .results import BASIS, model_name
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -15,8 +15,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
-    settings, machine, ceiling = report["settings"], report["machine"], report["ceiling"]
-    yield f"# ModernBERT-{settings['size']}, {settings['dtype']}, {report['started'][:10]}"
+    machine, ceiling = report["machine"], report["ceiling"]
+    yield f"# {model_name(report)}, {report['started'][:10]}"
     yield ""
     yield from _conditions(report)
     yield ""
@@ -125,7 +125,8 @@ def _workload(workload: dict[str, Any], report: dict[str, Any]) -> Iterator[str]
 def published_row(workload: str, report: dict[str, Any]) -> dict[str, float | None]:
     """Thousand tokens per second of the paper's models on one workload; empty for others."""
     published = report["published"]
-    if workload not in published["workloads"]:
+    cut = report["settings"]["layers"] < report["settings"]["layers_of_size"]
+    if cut or workload not in published["workloads"]:
         return {}
     column = published["workloads"].index(workload)
     speeds = published["thousand_tokens_per_second"]
