@@ -7,7 +7,8 @@ N = texts, d = width.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import ArrayLike
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 from tqdm import tqdm
 
 from modernbert.weights import CheckpointError, ModelFolder
@@ -37,6 +38,7 @@ from .vocabulary import PADDING, Vocabulary
 MODULE = "sentence_transformers.models."
 MEMORY = 1 << 22  # characters of remembered words, some 100 MB
 GATHERED = 4096  # rows that are summed at a time
+ENDS = ",.;:!?)"
 TINY = 1e-32
 
 
@@ -326,10 +328,14 @@ vectors = model.encode(["The weather is lovely today.", "He drove to the stadium
     @cached_property
     def _rows(self) -> np.ndarray:
         """A float32 row for each token (V, d)."""
-        rows = self.embeddings if self.mapping is None else self.embeddings[self.mapping]
+        return self._read(slice(None))
+
+    def _read(self, ids: np.ndarray | slice) -> np.ndarray:
+        """The float32 rows of tokens, (n, d)."""
+        rows = self.embeddings[ids if self.mapping is None else self.mapping[ids]]
         rows = rows.astype(np.float32, copy=False)
         if self.weights is not None:
-            rows = rows * np.asarray(self.weights, np.float32)[:, None]
+            rows = rows * np.asarray(self.weights)[ids].astype(np.float32)[:, None]
         return rows if self.scale == 1 else rows * np.float32(self.scale)
 
     def encode(
@@ -395,9 +401,11 @@ vectors = model.encode(["The weather is lovely today.", "He drove to the stadium
         """Ids through a memory of what stands between spaces: most of a text is frequent words."""
         split = [text.split(" ") for text in texts]
         remembered = self._remembered
-        fresh = list(set(chain.from_iterable(split)) - remembered.keys())
+        fresh = set(chain.from_iterable(split)) - remembered.keys()
         if fresh:
-            remembered.update(zip(fresh, self._tokenized(fresh), strict=True))
+            remembered.update(self._looked_up(fresh))
+            others = [word for word in fresh if word not in remembered]
+            remembered.update(zip(others, self._tokenized(others), strict=True))
         look_up = remembered.__getitem__
         ids = [list(chain.from_iterable(map(look_up, words))) for words in split]
         self._characters_remembered += sum(map(len, fresh))
@@ -406,6 +414,52 @@ vectors = model.encode(["The weather is lovely today.", "He drove to the stadium
         return ids
 
     _characters_remembered = 0
+
+    def _looked_up(self, words: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+        """Those that are a token of ASCII letters, or one and a full stop, with their ids."""
+        tokens, ends, lowers = self._whole_words
+        for word in words:
+            end = ends.get(word[-1:])
+            body = word if end is None else word[:-1]
+            if body.isascii() and body.isalpha():
+                number = tokens.get(body.lower() if lowers else body)
+                if number is not None:
+                    yield word, [number] if end is None else [number, end]
+
+    @cached_property
+    def _whole_words(self) -> tuple[dict[str, int], dict[str, int], bool]:
+        """The ids of such words and of what may end them, and whether words are lower-cased first.
+
+        Empty where a word that is in the vocabulary could still become something else: in Unigram,
+        in BPE with merges, and next to added tokens that may stand inside of words.
+        """
+        model, split = self.tokenizer.model, self.tokenizer.pre_tokenizer.pre_tokenize_str
+        certain = isinstance(model, models.WordLevel | models.WordPiece)
+        added: Iterable[AddedToken] = self.tokenizer.get_added_tokens_decoder().values()
+        beside = "".join(token.content for token in added)
+        if any(token.content.isalpha() for token in added) or not (
+            certain or getattr(model, "ignore_merges", False)
+        ):
+            return {}, {}, False
+        ids = {token: number for number, token in enumerate(self.tokens)}
+        ((alone, _),) = split("a")
+        marker = alone.removesuffix("a")
+        longest = getattr(model, "max_input_chars_per_word", sys.maxsize)
+        words = {
+            body: number
+            for token, number in ids.items()
+            if token.startswith(marker)
+            and (body := token[len(marker) :]).isascii()
+            and body.isalpha()
+            and len(body) <= longest
+        }
+        ends = {}
+        for mark in set(ENDS).difference(beside):
+            first, *rest = [piece for piece, _ in split(f"a{mark}")]
+            if first == alone and len(rest) == 1 and rest[0] in ids:
+                ends[mark] = ids[rest[0]]
+        normalizer = self.tokenizer.normalizer
+        return words, ends, normalizer is not None and normalizer.normalize_str("A") == "a"
 
     @cached_property
     def _spaces_separate(self) -> bool:
@@ -432,18 +486,13 @@ vectors = model.encode(["The weather is lovely today.", "He drove to the stadium
             texts = np.repeat(np.arange(len(ids)), lengths)
             lengths = np.bincount(texts[keep], minlength=len(ids))
             flat = flat[keep]
-        ends = np.cumsum(lengths)
-        begins = ends - lengths
-        first = 0
-        while first < len(ids):
-            # Texts together while their rows fit the cache; one that is longer, in pieces.
-            start = int(begins[first])
-            last = max(first + 1, int(np.searchsorted(ends, start + GATHERED, side="right")))
-            texts = first + np.flatnonzero(lengths[first:last])
-            for at in range(start, int(ends[last - 1]), GATHERED):
-                rows = self._rows[flat[at : min(at + GATHERED, int(ends[last - 1]))]]
-                out[texts] += np.add.reduceat(rows, np.maximum(begins[texts] - at, 0), axis=0)
-            first = last
+        tokens, places = np.unique(flat, return_inverse=True)
+        rows = self._read(tokens)  # what is frequent is converted once
+        end = 0
+        for number, length in enumerate(lengths.tolist()):
+            begin, end = end, end + length
+            for at in range(begin, end, GATHERED):
+                out[number] += rows[places[at : min(at + GATHERED, end)]].sum(axis=0)
         out /= np.maximum(lengths, 1)[:, None]
 
     # -- similarity -------------------------------------------------------------------------

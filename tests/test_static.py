@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from modernbert.static import StaticModel
+from modernbert.vocabulary import Vocabulary
 from modernbert.weights import CheckpointError
 
 WORDS = ("[PAD]", "[UNK]", "the", "cat", "sat", "mat", "play", "##ing", "##s", "(", ")", ",", "!")
@@ -90,6 +92,60 @@ def test_parts_between_spaces_have_the_ids_of_the_whole(texts: list[str]) -> Non
     found = model._ids([f"the {text}  cat {text}" for text in texts], None)
     whole = [model._tokenized([f"the {text}  cat {text}"])[0] for text in texts]
     assert found == whole
+
+
+def cased() -> tokenizers.Tokenizer:
+    made = wordpiece()
+    made.normalizer = None
+    return made
+
+
+def aligned() -> tokenizers.Tokenizer:
+    vocabulary = Vocabulary(byte_level())
+    vocabulary.align()
+    vocabulary.add(["Mats", "sat", "cats"])
+    return vocabulary.build()
+
+
+def whole_words() -> tokenizers.Tokenizer:
+    vocabulary = Vocabulary.of_words()
+    vocabulary.add(["the", "cat", "mats"])
+    return vocabulary.build()
+
+
+@pytest.mark.parametrize("made", [wordpiece, cased, aligned, whole_words])
+@given(data=st.data())
+def test_words_that_are_one_token_are_looked_up(
+    made: Callable[[], tokenizers.Tokenizer], data: st.DataObject
+) -> None:
+    model = make(made())
+    known = list(model._whole_words[0])
+    assert "cat" in known or "cats" in known
+    words = st.sampled_from(known).flatmap(
+        lambda word: st.sampled_from([word, word.upper(), word.title(), word + "s", f"({word}),"])
+    )
+    texts = data.draw(st.lists(st.lists(words | st.text(max_size=5)).map(" ".join), max_size=4))
+    assert model._ids(texts, None) == model._tokenized(texts)
+    asked: list[str] = []
+    plain = model._tokenized
+    model._tokenized = lambda texts: asked.extend(texts) or plain(texts)  # type: ignore
+    model._remembered.clear()
+    model._ids(known, None)
+    assert not asked
+
+
+def test_words_are_not_looked_up_where_they_may_be_cut() -> None:
+    assert make(wordpiece())._whole_words[0]
+    inside = wordpiece()
+    inside.add_tokens(["at"])  # "cat" becomes c, at
+    merged = aligned()
+    merged.model.ignore_merges = False
+    short = wordpiece()
+    short.model.max_input_chars_per_word = 3
+    for made, lost in ((inside, "cat"), (merged, "Mats"), (short, "play")):
+        model = make(made)
+        assert lost not in model._whole_words[0]
+        assert model._ids([lost], None) == model._tokenized([lost])
 
 
 def test_the_memory_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
