@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from modernbert.allocator import keep_freed_memory
 from modernbert.benchmark.command import bench
 from modernbert.console import Command, OneLineErrors, option, plain, similarity_table
 from modernbert.distillation.command import distill
@@ -92,6 +93,7 @@ def _texts(texts: Sequence[str]) -> list[str]:
 @click.version_option(package_name="modernbert", allow_from_autoenv=False)
 def main(debug: bool) -> None:
     """ModernBERT encoders: embed tables, compare, predict, classify, inspect."""
+    keep_freed_memory()  # the process is ours
 
 
 main.add_command(bench)

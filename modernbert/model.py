@@ -241,8 +241,11 @@ class ModernBertModel(PreTrainedModel):
 
         On NVIDIA GPUs from sm_80 on, in float16 and bfloat16, each block becomes five kernels: norm
         weights are folded into the linear layer that follows, and LayerNorm, GeGLU and the residual
-        become parts of linear layers of ours. Results differ by rounding. Elsewhere, on CPUs too,
-        nothing changes, and the log says why.
+        become parts of linear layers of ours. Results differ by rounding. Elsewhere the layers stay
+        as they are, and the log says why.
+
+        On a CPU with glibc this process keeps up to 512 MiB of freed memory from then on: long
+        batches spend less time on page faults.
 
         An optimized model stays on its device and in its dtype, has no gradients and cannot be
         saved: save it before.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from modernbert.allocator import keep_freed_memory
 from modernbert.kernels import computes_natively
 
 from . import attention, linears, machine, published, workloads
@@ -50,6 +51,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """
     clock = Clock(60 * options.settings.minutes)
     setting = make_setting(options)
+    kept = keep_freed_memory()  # by all implementations in this process
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     conditions = machine.conditions(setting.device)
     say(f"{conditions['cpu']}, {setting.threads} threads, {setting.dtype}")
@@ -93,6 +95,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
             "layers_of_size": SIZES[setting.size].num_hidden_layers,
             "dtype": str(setting.dtype).removeprefix("torch."),
             "threads": setting.threads,
+            "keeps_freed_memory": kept,
             "parts": list(options.parts),
         },
         "ceiling": asdict(ceiling),
