@@ -284,6 +284,13 @@ class ModernBertModel(PreTrainedModel):
                 )
         return super()._apply(fn, recurse)
 
+    def _too_long(self, batch: PackedBatch) -> bool:
+        """Whether pieces are faster: on a CPU what a layer makes of them stays in the cache."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(batch) < 2:
+            return False
+        device = batch.device
+        return device.type == "cpu" and batch.num_tokens > kernels.token_budget(device)
+
     def forward(
         self,
         input_ids: Tensor | PackedBatch | None = None,
@@ -297,6 +304,8 @@ class ModernBertModel(PreTrainedModel):
         first_only: bool = False,
     ) -> ModernBertOutput:
         """Encode a padded batch, or one that is already packed.
+
+        Without gradients a CPU takes a long batch in pieces: whole texts of about 2,048 tokens.
 
         Args:
             input_ids: (B, L) token ids, or a `PackedBatch`; then the other tensors must be None.
@@ -323,6 +332,12 @@ class ModernBertModel(PreTrainedModel):
                 "first_only gives one state per sequence: no hidden states, no attentions, and no "
                 "empty sequence"
             )
+        if self._too_long(batch) and not (output_hidden_states or output_attentions):
+            pieces = batch.pieces(kernels.token_budget(batch.device))
+            states = [self.forward(x, first_only=first_only).last_hidden_state for x in pieces]
+            output = ModernBertOutput(torch.cat(states))
+            whole = first_only or isinstance(input_ids, PackedBatch)
+            return output if whole else unpack_output(batch, output)
         x = self.embeddings(batch)
         kinds = set(self.config.layer_types)
         plan = kernels.plan_attention(

@@ -64,6 +64,22 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
+    def pieces(self, tokens: int) -> Iterator["PackedBatch"]:
+        """Batches of neighbouring sequences, `tokens` at most; a longer sequence has its own."""
+        start = 0
+        for group in token_budget_batches(self.lengths, tokens):
+            lengths = tuple(self.lengths[i] for i in group)
+            here = slice(start, start + sum(lengths))
+            streams = (self.input_ids, self.inputs_embeds, self.query_only)
+            yield PackedBatch(
+                lengths,
+                self.cu_seqlens[group[0] : group[-1] + 2] - start,
+                self.positions[here],
+                self.max_position,
+                *(None if stream is None else stream[here] for stream in streams),
+            )
+            start = here.stop
+
     def split(self, x: Tensor) -> list[Tensor]:
         """Cut a stream (T, ...) into one view (length, ...) per sequence."""
         return list(x.split(list(self.lengths)))

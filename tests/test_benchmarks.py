@@ -515,7 +515,10 @@ def test_every_workload_has_complete_entries(report: dict[str, Any]) -> None:
             or workload["kind"] == "variable"
         )
         assert workload["best"]["peer"] == "transformers sdpa"
-        assert workload["best_as_given"]["split"].startswith("as given")
+        if workload["kind"] == "fixed":  # each in the batches that suit it
+            assert workload["best_as_given"] is None
+        else:
+            assert workload["best_as_given"]["split"].startswith("as given")
         for entry in workload["entries"]:
             assert {name: type(entry[name]) for name in ENTRY} == ENTRY
             ratio = entry["ours_is_faster_by"]

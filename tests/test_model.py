@@ -247,6 +247,52 @@ def test_query_only_tokens(backend: str) -> None:
     same(shorter.last_hidden_state[0, 6], found[0, 6])
 
 
+@pytest.mark.parametrize("given", ["ids", "embeddings", "packed"])
+def test_a_cpu_takes_long_batches_in_pieces(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make().double()
+    lengths = [6, 0, 4, 3, 19, 1]
+    ids, mask = padded(lengths, side="left")
+    places = torch.arange(19).flip(0) * 2
+    marked = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    marked &= mask.bool()
+    inputs: dict[str, Any] = {"attention_mask": mask, "query_only": marked}
+    inputs["position_ids"] = places.expand(ids.shape)
+    if given == "embeddings":
+        inputs["inputs_embeds"] = model.embeddings.tok_embeddings(ids).detach()
+    else:
+        inputs["input_ids"] = ids
+    if given == "packed":
+        inputs = {"input_ids": pack_padded(**inputs)}
+    expected = model(**inputs).last_hidden_state.detach()
+    seen: list[tuple[int, ...]] = []
+    plan = modernbert.kernels.plan_attention
+
+    def noted(cu_seqlens: Tensor, total: int, lengths: tuple[int, ...], **options: Any) -> Any:
+        assert cu_seqlens.diff().tolist() == list(lengths) and sum(lengths) == total
+        seen.append(lengths)
+        return plan(cu_seqlens, total, lengths, **options)
+
+    monkeypatch.setattr(modernbert.kernels, "plan_attention", noted)
+    monkeypatch.setattr(modernbert.kernels, "token_budget", lambda _: 10)
+    with torch.no_grad():
+        same(model(**inputs).last_hidden_state, expected)
+        assert seen == [(6, 0, 4), (3,), (19,), (1,)]
+        whole = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        same(whole, expected)
+        assert seen[4:] == [tuple(lengths)]
+    model(**inputs)  # gradients want one graph
+    assert seen[5:] == [tuple(lengths)]
+
+
+def test_first_tokens_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make().double()
+    batch = pack([[5] * n for n in (6, 4, 3, 19, 1)])
+    with torch.no_grad():
+        expected = model(batch).last_hidden_state[batch.cu_seqlens[:-1].long()]
+        monkeypatch.setattr(modernbert.kernels, "token_budget", lambda _: 10)
+        same(model(batch, first_only=True).last_hidden_state, expected)
+
+
 # -- positions --------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ COLOURS = {
     "SentenceEncoder.encode": "#d1495b",
     "our backbone alone, tokens ready": "#e5a3ad",
     "modernbert + torch.compile": "#8d2f3c",
+    "modernbert, int8": "#c77986",
     "transformers sdpa": "#30638e",
     "transformers + torch.compile": "#003d5b",
     "transformers eager": "#7fa7c9",
@@ -19,6 +20,7 @@ COLOURS = {
 }
 OTHER = "#9a9a9a"
 PUBLISHED = "published, RTX 4090"
+LABEL: Any = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
 STYLE: Any = {
     "font.size": 13,
     "axes.titlesize": 14,
@@ -98,11 +100,13 @@ def _bars(panel: Any, workload: dict[str, Any], report: dict[str, Any]) -> None:
     bars = panel.barh(list(speeds), list(speeds.values()), color=[_colour(n) for n in speeds])
     panel.invert_yaxis()
     for bar, (name, speed) in zip(bars, speeds.items(), strict=True):
-        text = f" {speed:,.0f}"
+        text = f"{speed:,.0f}"
         ratio = entries[name]["ours_is_faster_by"] if name in entries else None
         if ratio and not is_ours(name):
             text += f"  (ours {ratio['median']:.2f}x)"
-        panel.text(speed, bar.get_y() + bar.get_height() / 2, text, va="center", fontsize=12)
+        middle = bar.get_y() + bar.get_height() / 2
+        place = {"textcoords": "offset points", "va": "center", "fontsize": 12}
+        panel.annotate(text, (speed, middle), (5, 0), bbox=LABEL, zorder=5, **place)
     reach = max(speeds.values())
     limit = report["ceiling"]["matmul_flops"] * workload["tokens"] / workload["flops"]
     panel.set_xlim(0, 1.5 * max(reach, min(limit / 1.4, 1.5 * reach)))
@@ -110,13 +114,13 @@ def _bars(panel: Any, workload: dict[str, Any], report: dict[str, Any]) -> None:
         panel.axvline(limit, color="black", linestyle="--", linewidth=1)
         panel.annotate(
             "matmul ceiling",
-            (limit, 0.5),
+            (limit, 0.02),
             (-3, 0),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             rotation=90,
             ha="right",
-            va="center",
+            va="bottom",
             fontsize=11,
         )
     panel.set_title(workload["name"], loc="left", fontweight="bold")
@@ -170,7 +174,8 @@ def _memory(report: dict[str, Any], pyplot: Any) -> Any:
     panel.set_ylabel("MiB above the loaded model")
     panel.grid(axis="y", color="#dddddd")
     panel.legend(loc="upper left")
-    panel.set_title(f"{_title(report)}: peak memory, one text", loc="left")
+    title = f"{_title(report, rows[0]['layers'])}: peak memory, one text"
+    panel.set_title(title, loc="left")
     return figure
 
 
@@ -193,12 +198,12 @@ def _thousands(value: float, _: int) -> str:
     return f"{value:,.0f}"
 
 
-def _title(report: dict[str, Any]) -> str:
+def _title(report: dict[str, Any], layers: int | None = None) -> str:
     machine, settings = report["machine"], report["settings"]
     where = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]
     if not machine["gpu"]:
         where += f", {settings['threads']} threads"
-    return f"{model_name(report)}, {where}"
+    return f"{model_name(report, layers)}, {where}"
 
 
 FIGURES = {"paper": _paper, "real-text": _real, "length": _lengths, "memory": _memory}

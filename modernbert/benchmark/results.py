@@ -15,10 +15,10 @@ from .workloads import Workload
 BASIS = ("modernbert", "SentenceEncoder.encode")  # what ratios refer to
 
 
-def model_name(report: dict[str, Any]) -> str:
+def model_name(report: dict[str, Any], layers: int | None = None) -> str:
     """What was measured, for titles: "ModernBERT-base, 6 of 22 layers, float32"."""
     settings = report["settings"]
-    layers, full = settings["layers"], settings["layers_of_size"]
+    layers, full = layers or settings["layers"], settings["layers_of_size"]
     cut = "" if layers == full else f", {layers} of {full} layers"
     return f"ModernBERT-{settings['size']}{cut}, {settings['dtype']}"
 

@@ -178,7 +178,7 @@ def choose_workloads(options: Options) -> list[Workload | Skipped]:
     if "paper" in options.parts:
         jobs += workloads.paper(docs)
     if "real" in options.parts:
-        jobs += workloads.real(options.data, 2 * docs)
+        jobs += workloads.real(options.data, docs)
     if "sweep" in options.parts:
         jobs += workloads.sweep(options.settings.sweep, docs)
     return sorted(jobs, key=lambda job: _weight(job))
