@@ -600,7 +600,14 @@ def test_published_figures_are_marked_in_the_table(report: dict[str, Any]) -> No
 def test_plots_are_drawn_from_the_report(report: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
-        {"peer": name, "texts": 1, "tokens_each": length, "bytes": length * 1000, "note": ""}
+        {
+            "peer": name,
+            "texts": 1,
+            "tokens_each": length,
+            "bytes": length * 1000,
+            "note": "",
+            "layers": 2,
+        }
         for name in ("modernbert", "transformers sdpa")
         for length in (512, 8192)
     ]
