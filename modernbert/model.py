@@ -286,10 +286,11 @@ class ModernBertModel(PreTrainedModel):
 
     def _too_long(self, batch: PackedBatch) -> bool:
         """Whether pieces are faster: on a CPU what a layer makes of them stays in the cache."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(batch) < 2:
+        if batch.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        device = batch.device
-        return device.type == "cpu" and batch.num_tokens > kernels.token_budget(device)
+        if batch.lengths is None or len(batch) < 2:  # a captured graph's, or nothing to cut
+            return False
+        return batch.num_tokens > kernels.token_budget(batch.device)
 
     def forward(
         self,

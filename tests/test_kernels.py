@@ -241,7 +241,8 @@ def test_local_attention_has_no_square_matrix(
 ) -> None:
     total, window = sum(lengths), 64
     tensors = inputs(total, 1, torch.float32)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    watched = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with watched as profiler:
         scores = scores_computed(lambda: attend("blocked", tensors, lengths, window), monkeypatch)
     assert scores and sum(scores) <= total * (32 + 2 * window)
     events = profiler.events()

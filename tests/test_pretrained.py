@@ -358,7 +358,7 @@ def test_a_new_head_on_an_encoder(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make().model.save_pretrained(tmp_path)
-    torch.manual_seed(5)
+    torch.manual_seed(7)
     model = getattr(modernbert, name).from_pretrained(tmp_path)
     fresh = ["classifier.bias", "classifier.weight", "head.dense.weight", "head.norm.weight"]
     assert len(caplog.records) == 1
@@ -369,7 +369,7 @@ def test_a_new_head_on_an_encoder(
     for tensor, std in (("classifier.weight", 32**-0.5), ("head.dense.weight", 0.02 / 8**0.5)):
         assert weights[tensor].abs().max() <= 2 * std
         assert weights[tensor].detach().std() > 0.6 * std
-    torch.manual_seed(5)
+    torch.manual_seed(7)
     agree(getattr(modernbert, name).from_pretrained(tmp_path), model)
 
 
