@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import blocked, dispatch, first_token, flash, inference, reference, turing
-from .dispatch import BACKENDS, BackendStatus
+from .dispatch import BACKENDS, CPU_TOKENS, BackendStatus
 from .reference import LARGEST
 
 __all__ = [
     "BACKENDS",
+    "CPU_TOKENS",
     "LARGEST",
     "AttentionPlan",
     "BackendStatus",
@@ -317,7 +318,7 @@ def rescale(sums: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> 
 
 
 def token_budget(device: torch.device | str) -> int:
-    """Tokens of a batch that keep `device` busy without filling its memory; 2048 on a CPU."""
+    """Tokens of a batch that keep `device` busy without filling its memory; CPU_TOKENS on a CPU."""
     return dispatch.token_budget(dispatch.this_machine(torch.device(device)))
 
 

@@ -290,7 +290,7 @@ class ModernBertModel(PreTrainedModel):
             return False
         if batch.lengths is None or len(batch) < 2:  # a captured graph's, or nothing to cut
             return False
-        return batch.num_tokens > kernels.token_budget(batch.device)
+        return batch.num_tokens > kernels.CPU_TOKENS
 
     def forward(
         self,
@@ -334,7 +334,7 @@ class ModernBertModel(PreTrainedModel):
                 "empty sequence"
             )
         if self._too_long(batch) and not (output_hidden_states or output_attentions):
-            pieces = batch.pieces(kernels.token_budget(batch.device))
+            pieces = batch.pieces(kernels.CPU_TOKENS)
             states = [self.forward(x, first_only=first_only).last_hidden_state for x in pieces]
             output = ModernBertOutput(torch.cat(states))
             whole = first_only or isinstance(input_ids, PackedBatch)

@@ -70,13 +70,14 @@ class PackedBatch:
         for group in token_budget_batches(self.lengths, tokens):
             lengths = tuple(self.lengths[i] for i in group)
             here = slice(start, start + sum(lengths))
-            streams = (self.input_ids, self.inputs_embeds, self.query_only)
             yield PackedBatch(
                 lengths,
                 self.cu_seqlens[group[0] : group[-1] + 2] - start,
                 self.positions[here],
                 self.max_position,
-                *(None if stream is None else stream[here] for stream in streams),
+                None if self.input_ids is None else self.input_ids[here],
+                None if self.inputs_embeds is None else self.inputs_embeds[here],
+                None if self.query_only is None else self.query_only[here],
             )
             start = here.stop
 

@@ -273,7 +273,7 @@ def test_a_cpu_takes_long_batches_in_pieces(given: str, monkeypatch: pytest.Monk
         return plan(cu_seqlens, total, lengths, **options)
 
     monkeypatch.setattr(modernbert.kernels, "plan_attention", noted)
-    monkeypatch.setattr(modernbert.kernels, "token_budget", lambda _: 10)
+    monkeypatch.setattr(modernbert.kernels, "CPU_TOKENS", 10)
     with torch.no_grad():
         same(model(**inputs).last_hidden_state, expected)
         assert seen == [(6, 0, 4), (3,), (19,), (1,)]
@@ -289,7 +289,7 @@ def test_first_tokens_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = pack([[5] * n for n in (6, 4, 3, 19, 1)])
     with torch.no_grad():
         expected = model(batch).last_hidden_state[batch.cu_seqlens[:-1].long()]
-        monkeypatch.setattr(modernbert.kernels, "token_budget", lambda _: 10)
+        monkeypatch.setattr(modernbert.kernels, "CPU_TOKENS", 10)
         same(model(batch, first_only=True).last_hidden_state, expected)
 
 

@@ -76,7 +76,7 @@ def test_the_model_and_its_gradients() -> None:
     batch = batch_of((17, 1, 30))
     exact = step(make(torch.float64, "reference"), batch)
     plain = step(make(torch.float16, "reference"), batch)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         ours = step(make(torch.float16), batch)
     forward = {"norm", "attention", "geglu"}
     assert operators(profiler) == forward | {f"{name}_backward" for name in forward}
