@@ -341,4 +341,5 @@ def _largest(peer: Peer, length: int, limit: int, device: torch.device) -> tuple
 def _weight(job: Workload | Skipped) -> float:
     if isinstance(job, Skipped):
         return 0.0
-    return LONG if job.longest > 2048 else 1.0
+    ways = 1 if job.kind == "fixed" else 2  # as given, and tuned
+    return ways * (LONG if job.longest > 2048 else 1.0)
