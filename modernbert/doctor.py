@@ -199,7 +199,9 @@ def _decisions(device: torch.device) -> Iterator[tuple[str, str]]:
         yield f"{where} {state.name}", ("" if state.usable else "no: ") + state.reason
     obstacle = dispatch.TABLE["triton"](machine, dispatch.Need(torch.float16))[0]
     fused = "linear layers with all around them, where that is faster than cuBLAS"
-    yield f"{where} optimize()", f"leaves the layers: {obstacle}" if obstacle else fused
+    left = f"leaves the layers as they are: {obstacle}"
+    left += "; the process keeps freed memory (glibc)" if device.type == "cpu" else ""
+    yield f"{where} optimize()", left if obstacle else fused
     yield f"{where} batches", f"{dispatch.token_budget(machine)} tokens"
     enabled = torch.are_deterministic_algorithms_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
