@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -113,7 +114,7 @@ def main(
 
     from modernbert.benchmark.machine import conditions
     from modernbert.benchmark.measure import spread
-    from modernbert.benchmark.tables import table
+    from modernbert.benchmark.tables import spread_text, table
 
     report: dict[str, Any] = {
         "benchmark": "static_speed",
@@ -135,9 +136,7 @@ def main(
             speed = f"{len(texts) / median(took[name]):.0f}"
             row = [str(number), name, speed]
             ratio = spread(took[basis], took[name])
-            quartiles = f"{ratio.first_quartile:.2f} to {ratio.third_quartile:.2f}"
-            quartiles += f"; {ratio.low:.2f} to {ratio.high:.2f}"
-            rows.append([*row, f"{ratio.median:.2f}", quartiles])
+            rows.append([*row, f"{ratio.median:.2f}", spread_text(asdict(ratio))])
     print("\n".join(table(rows)))
     rows = [["", "import and load, s", "rows", "torch imported"]]
     for package in ("modernbert", "model2vec"):

@@ -15,17 +15,22 @@ KEPT = 2**29  # bytes
 CHOSEN = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
+def glibc() -> ctypes.CDLL | None:
+    """The C library; None where it is not glibc, or the environment chooses how it allocates."""
+    if sys.platform != "linux" or any(os.environ.get(name) for name in CHOSEN):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None
+
+
 @cache
 def keep_freed_memory() -> bool:
     """Let this process keep up to 512 MiB that it has freed, for what it allocates next.
 
-    False where nothing was changed: the C library is not glibc, or the environment has settings for
-    its allocator.
+    False where nothing was changed, for want of `glibc`.
     """
-    if sys.platform != "linux" or any(os.environ.get(name) for name in CHOSEN):
-        return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    library = glibc()
+    if library is None:
         return False
     kept = library.mallopt(MMAP_THRESHOLD, LARGEST) and library.mallopt(TRIM_THRESHOLD, KEPT)
     return bool(kept)

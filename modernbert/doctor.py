@@ -17,6 +17,7 @@ from torch import Tensor
 
 import modernbert
 from modernbert import kernels
+from modernbert.allocator import glibc
 from modernbert.config import ModernBertConfig
 from modernbert.kernels import dispatch
 from modernbert.model import ModernBertModel
@@ -200,7 +201,7 @@ def _decisions(device: torch.device) -> Iterator[tuple[str, str]]:
     obstacle = dispatch.TABLE["triton"](machine, dispatch.Need(torch.float16))[0]
     fused = "linear layers with all around them, where that is faster than cuBLAS"
     left = f"leaves the layers as they are: {obstacle}"
-    left += "; the process keeps freed memory (glibc)" if device.type == "cpu" else ""
+    left += "; keeps freed memory" if device.type == "cpu" and glibc() else ""
     yield f"{where} optimize()", left if obstacle else fused
     yield f"{where} batches", f"{dispatch.token_budget(machine)} tokens"
     enabled = torch.are_deterministic_algorithms_enabled()

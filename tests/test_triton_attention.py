@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+import seeded  # noqa: F401
 import torch
-from hypothesis import Phase, example, given, register_random, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,18 +19,6 @@ from modernbert.kernels import triton_attention as ours  # noqa: E402
 
 TILE, HEAD = 16, 32
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-
-
-class TorchRandom:
-    """Lets hypothesis seed PyTorch's numbers, so that an example is the same every time."""
-
-    seed = staticmethod(torch.manual_seed)
-    getstate = staticmethod(torch.get_rng_state)
-    setstate = staticmethod(torch.set_rng_state)
-
-
-RANDOM = TorchRandom()
-register_random(RANDOM)
 
 
 @pytest.fixture(autouse=True)

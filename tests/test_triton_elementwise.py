@@ -7,8 +7,9 @@ write shows.
 from collections.abc import Callable, Iterator
 
 import pytest
+import seeded  # noqa: F401
 import torch
-from hypothesis import example, given, register_random, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,17 +24,6 @@ from modernbert.kernels import triton_elementwise as fused  # noqa: E402
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 TOKENS = st.one_of(st.sampled_from([0, 1, 3, 4, 5, 8, 9]), st.integers(0, 40))
 
-
-class TorchRandom:
-    """Lets hypothesis seed PyTorch's numbers, so that an example is the same every time."""
-
-    seed = staticmethod(torch.manual_seed)
-    getstate = staticmethod(torch.get_rng_state)
-    setstate = staticmethod(torch.set_rng_state)
-
-
-RANDOM = TorchRandom()
-register_random(RANDOM)
 
 Operation = Callable[..., Tensor | tuple[Tensor, ...]]
 

@@ -7,8 +7,9 @@ to write shows.
 from collections.abc import Iterator
 
 import pytest
+import seeded  # noqa: F401
 import torch
-from hypothesis import example, given, register_random, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,18 +39,6 @@ TOKENS = st.one_of(
 )
 INPUTS = st.sampled_from([8, DEPTH, DEPTH + 1, 3 * DEPTH - 1, 96])
 OUTPUTS = st.sampled_from([2, COLUMNS - 2, COLUMNS, COLUMNS + 2, 3 * COLUMNS])
-
-
-class TorchRandom:
-    """Lets hypothesis seed PyTorch's numbers, so that an example is the same every time."""
-
-    seed = staticmethod(torch.manual_seed)
-    getstate = staticmethod(torch.get_rng_state)
-    setstate = staticmethod(torch.set_rng_state)
-
-
-RANDOM = TorchRandom()
-register_random(RANDOM)
 
 
 @pytest.fixture(autouse=True)

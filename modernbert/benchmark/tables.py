@@ -54,7 +54,7 @@ def revisions_table(report: dict[str, Any]) -> str:
         seconds = [f"{median(passes):.3f}" for passes in work["passes"]]
         row = [work["name"], str(work["tokens"]), *seconds, f"{ratio['median']:.3f}"]
         change = f"{work['relative_difference_of_results']:.1e}"
-        rows.append([*row, _spread(ratio), str(ratio["pairs"]), change])
+        rows.append([*row, spread_text(ratio), str(ratio["pairs"]), change])
     return "\n".join(table(rows)) + "\n"
 
 
@@ -170,10 +170,11 @@ def _entry(entry: dict[str, Any]) -> list[str]:
     if ratio is None:
         return [*cells, "", "", "", entry["note"]]
     middle = f"{ratio['median']:.2f}"
-    return [*cells, middle, _spread(ratio), str(ratio["pairs"]), entry["note"]]
+    return [*cells, middle, spread_text(ratio), str(ratio["pairs"]), entry["note"]]
 
 
-def _spread(ratio: dict[str, Any]) -> str:
+def spread_text(ratio: dict[str, Any]) -> str:
+    """Quartiles and extremes of a `measure.Spread` as a dict."""
     quartiles = f"{ratio['first_quartile']:.2f} to {ratio['third_quartile']:.2f}"
     return f"{quartiles}; {ratio['low']:.2f} to {ratio['high']:.2f}"
 
