@@ -57,8 +57,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
+        # A copy from memory that is not pinned waits for all that the GPU was given before.
+        pins = self.device.type == "cpu" and torch.device(device).type == "cuda"
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: (value.pin_memory() if pins else value).to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }

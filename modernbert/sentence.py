@@ -5,7 +5,7 @@ d = width of the vectors.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from modernbert.sentence_layout import (
     read_settings,
 )
 from modernbert.similarity import Vectors, check_similarity, similarity, similarity_pairwise
-from modernbert.streaming import WINDOW_TEXTS, EncodeReport, NotFinite, Stream
+from modernbert.streaming import WINDOW_TEXTS, EncodeReport, NotFinite, Stream, fetch
 from modernbert.tokenizer import TokenizedBatch, Tokenizer
 from modernbert.weights import (
     Checkpoint,
@@ -348,7 +348,7 @@ class SentenceEncoder(nn.Module):
         if not options.one_vector_each:
             result = [item for part in windows for item in part]
         else:
-            result = torch.cat(windows) if windows else stream.run([])
+            result = torch.cat(windows) if windows else stream.run([])()
             if options.to_numpy:
                 result = result.numpy()
             elif not convert_to_tensor:
@@ -467,8 +467,12 @@ class SentenceEncoder(nn.Module):
         ranges: np.ndarray | None,
         prompt_length: int,
         ids: list[Tensor],
-    ) -> Any:
-        """One batch of B texts: a tensor (B, d) or (B, codes), or a list of B tensors or dicts."""
+    ) -> Callable[[], Any]:
+        """Start on a batch of B texts.
+
+        What is returned waits for a tensor (B, d) or (B, codes), or a list of B tensors or dicts.
+        """
+        states: Sequence[Tensor] = ()
         if not ids:
             vectors = torch.zeros(0, dimension, device=self.device)
         else:
@@ -477,29 +481,41 @@ class SentenceEncoder(nn.Module):
                 if options.one_vector_each:
                     vectors = self(batch, prompt_length)
                 else:
-                    hidden = self.model(batch).last_hidden_state  # (T, D)
-                    states = batch.split(hidden)
-                    if options.output_value == "token_embeddings":
-                        _check_finite(hidden)
-                        return states
-                    vectors = self.after(self.pooling(hidden, batch, prompt_length))
-                vectors = vectors[:, :dimension]  # (B, d)
-                if options.normalize_embeddings:
-                    vectors = F.normalize(vectors, dim=-1)
-                _check_finite(vectors)
-        if options.precision != "float32":
-            return torch.from_numpy(quantize(vectors.cpu().numpy(), options.precision, ranges))
-        if options.one_vector_each:
-            return vectors.cpu() if options.to_numpy else vectors
-        return [
-            {
-                "input_ids": row.to(self.device, torch.int64),
-                "attention_mask": torch.ones(len(row), dtype=torch.int64, device=self.device),
-                "token_embeddings": state,
-                "sentence_embedding": vector,
-            }
-            for row, state, vector in zip(ids, states, vectors, strict=True)
-        ]
+                    vectors = self.model(batch).last_hidden_state  # (T, D), of tokens
+                    states = batch.split(vectors)
+                if options.output_value is None:
+                    vectors = self.after(self.pooling(vectors, batch, prompt_length))
+                if options.output_value != "token_embeddings":
+                    vectors = vectors[:, :dimension]  # (B, d)
+                    if options.normalize_embeddings:
+                        vectors = F.normalize(vectors, dim=-1)
+        to_host = options.one_vector_each and (options.to_numpy or options.precision != "float32")
+        fetched = fetch(vectors if to_host else torch.isfinite(vectors).all())
+
+        def wait() -> Any:
+            found = fetched()
+            if not (torch.isfinite(found).all() if to_host else found):
+                raise NotFinite(
+                    "its vector contains NaN or infinity; float16 overflows in some models, "
+                    "load this one with dtype='float32' or 'bfloat16'"
+                )
+            if options.precision != "float32":
+                return torch.from_numpy(quantize(found.numpy(), options.precision, ranges))
+            if options.one_vector_each:
+                return found if to_host else vectors
+            if options.output_value == "token_embeddings":
+                return states
+            return [
+                {
+                    "input_ids": row.to(self.device, torch.int64),
+                    "attention_mask": torch.ones(len(row), dtype=torch.int64, device=self.device),
+                    "token_embeddings": state,
+                    "sentence_embedding": vector,
+                }
+                for row, state, vector in zip(ids, states, vectors, strict=True)
+            ]
+
+        return wait
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -588,11 +604,3 @@ def _rows(windows: Iterator[Any], options: EncodeOptions) -> Iterator[Any]:
                 row = row.clone()  # a view would keep the memory of its whole window
                 row = row.numpy() if options.to_numpy else row
             yield row
-
-
-def _check_finite(values: Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise NotFinite(
-            "its vector contains NaN or infinity; float16 overflows in some models, "
-            "load this one with dtype='float32' or 'bfloat16'"
-        )

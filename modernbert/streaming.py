@@ -68,8 +68,8 @@ class Stream:
 
     Attributes:
         tokenize: texts to ids, cut at `max_length`.
-        run: ids of a batch, B tensors (length,) int32, to a tensor (B, ...) or a list of B; may
-            raise `NotFinite`.
+        run: starts on the ids of a batch, B tensors (length,) int32. What it returns waits for
+            the results, a tensor (B, ...) or a list of B; waiting may raise `NotFinite`.
         max_length: tokens of the longest text, for messages.
         report: counts, and the token budget, which shrinks when memory runs out.
         count_cuts: count the tokens that were cut, not only the texts.
@@ -81,7 +81,7 @@ class Stream:
     """
 
     tokenize: Callable[[list[str]], TokenizedBatch]
-    run: Callable[[list[Tensor]], Any]
+    run: Callable[[list[Tensor]], Callable[[], Any]]
     max_length: int
     report: EncodeReport
     count_cuts: bool = True
@@ -175,6 +175,7 @@ class Stream:
         """The results of a window whose first text has the index `first`."""
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
         pending, parts = deque(order), []
+        under_way: list[Callable[[], list[Any]]] = []  # one batch: the device is never idle
         while pending:
             lengths = (len(ids[i]) for i in pending)
             budget = self.report.batch_tokens
@@ -182,10 +183,7 @@ class Stream:
             rows = list(islice(pending, len(next(batches))))
             tokens = sum(len(ids[i]) for i in rows)
             try:
-                parts.append(self.run([ids[i] for i in rows]))
-                trouble = None
-            except NotFinite:
-                parts += [self._run_alone(first + i, ids[i]) for i in rows]
+                started = self.run([ids[i] for i in rows])
                 trouble = None
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
@@ -197,14 +195,26 @@ class Stream:
                 continue
             for _ in rows:
                 pending.popleft()
+            parts += [part for wait in under_way for part in wait()]
+            under_way = [partial(self._finished, first, ids, rows, started)]
             bar.update(tokens)
+        parts += [part for wait in under_way for part in wait()]
         return _in_order(parts, order)
+
+    def _finished(
+        self, first: int, ids: Sequence[Tensor], rows: list[int], started: Callable[[], Any]
+    ) -> list[Any]:
+        """The results of a batch, in one part or in as many as it has texts."""
+        try:
+            return [started()]
+        except NotFinite:
+            return [self._run_alone(first + i, ids[i]) for i in rows]
 
     def _run_alone(self, index: int, ids: Tensor) -> Any:
         """A text by itself, after its batch failed: attention weighs neighbours by zero, and zero
         times NaN is NaN, so the row that was not finite need not be the one to blame."""
         try:
-            return self.run([ids])
+            return self.run([ids])()
         except NotFinite as error:
             raise ValueError(f"text {index}: {error}") from None
 
@@ -221,6 +231,21 @@ class Stream:
         logger.warning(
             "out of memory with %d tokens in a batch: going on with %d", tokens, tokens // 2
         )
+
+
+def fetch(x: Tensor) -> Callable[[], Tensor]:
+    """Start to copy x to the host; what is returned waits for it, not for work given later."""
+    if x.device.type != "cuda":
+        return x.cpu
+    copy = x.to("cpu", non_blocking=True)  # into pinned memory
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
 
 
 def _take(source: Iterator[tuple[int, str]], limit: int, characters: int) -> list[str]:

@@ -880,8 +880,30 @@ def test_an_absent_library_is_named_with_its_remedy(
     with pytest.raises(ImportError, match=r"scipy: pip install 'modernbert\[evaluate\]'"):
         evaluate(Letters(), "sts", sts_folder(tmp_path))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ImportError, match="st:any needs sentence-transformers"):
-        load_subject("st:any").embed(["a"])
+    for name in ("st:any", "package:any"):
+        with pytest.raises(ImportError, match="any needs sentence-transformers"):
+            load_subject(name).embed(["a"])
+
+
+def test_a_model_that_a_package_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `distill` takes it; only installed packages are looked into."""
+    opened = []
+
+    def transformer(name: str, **options: Any) -> Letters:
+        opened.append((name, options["device"]))
+        return Letters()
+
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer", transformer)
+    folder = "/site-packages/carried/model"
+    monkeypatch.setattr("modernbert.training.teacher._folder_in_package", lambda name: folder)
+    subject = load_subject("package:carrier", device="cpu")
+    assert subject.name == "package:carrier" and not opened
+    assert len(subject.embed(["a", "b"])) == 2
+    assert opened == [(folder, "cpu")]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no installed package 'no-such-thing' holds a model"):
+        load_subject("package:no-such-thing").embed(["a"])
 
 
 def test_results_table_and_json(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import random
 import shutil
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from modernbert.packing import pack
 from modernbert.pooling import POOLING_FLAGS, Dense, Normalize, Pooling
 from modernbert.quantization import Calibration, quantize
 from modernbert.similarity import SIMILARITIES
-from modernbert.streaming import EncodeReport, Stream
+from modernbert.streaming import EncodeReport, NotFinite, Stream
 from modernbert.tokenizer import TokenizedBatch
 
 HIDDEN = 32
@@ -472,20 +472,73 @@ def test_a_window_is_tokenised_while_the_one_before_is_run() -> None:
         tokenized[int(texts[0])].set()
         return TokenizedBatch([[int(text)] for text in texts], [], [])
 
-    def compute(ids: list[torch.Tensor]) -> torch.Tensor:
+    def compute(ids: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
         number = int(ids[0])
         if number < 4:
             assert tokenized[number + 1].wait(60)
         if number < 3:
             assert not tokenized[number + 2].is_set()  # one window ahead, not more
         run.append(number)
-        return torch.stack(ids)
+        return lambda: torch.stack(ids)
 
     report = EncodeReport(batch_tokens=10)
     stream = Stream(tokenize, compute, 10, report, window=1, overlap=True)
     windows = [window.tolist() for window in stream.windows(str(i) for i in range(5))]
     assert windows == [[[i]] for i in range(5)] and run == [0, 1, 2, 3, 4]
     assert not tokenizing_threads()
+
+
+def batches_of_three(numbers: list[int], trouble: dict[int, Exception]) -> tuple[Any, list[str]]:
+    """What a window of numbers gives, three in a batch, and what happened in which order."""
+    happened: list[str] = []
+
+    def tokenize(texts: list[str]) -> TokenizedBatch:
+        return TokenizedBatch([[int(text)] for text in texts], [], [])
+
+    def start(ids: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
+        name = ",".join(str(int(x)) for x in ids)
+        happened.append(f"start {name}")
+        error = trouble.pop(int(ids[0]), None)
+        if isinstance(error, RuntimeError):
+            raise error
+
+        def wait() -> torch.Tensor:
+            happened.append(f"wait {name}")
+            if error is not None:
+                raise error
+            return torch.stack(ids)
+
+        return wait
+
+    stream = Stream(tokenize, start, 10, EncodeReport(batch_tokens=3))
+    (window,) = stream.windows(map(str, numbers))
+    return window.flatten().tolist(), happened
+
+
+def test_the_next_batch_is_started_before_the_last_is_waited_for() -> None:
+    """On a GPU there is always work to do; what is waited for is on its way to the host."""
+    numbers = list(range(8))
+    found, happened = batches_of_three(numbers, {})
+    assert found == numbers
+    assert happened == [
+        *("start 0,1,2", "start 3,4,5", "wait 0,1,2", "start 6,7", "wait 3,4,5", "wait 6,7")
+    ]
+
+
+def test_memory_that_runs_out_leaves_the_batch_under_way_alone() -> None:
+    found, happened = batches_of_three(list(range(6)), {3: RuntimeError("CUDA out of memory")})
+    assert found == list(range(6))
+    assert happened == [
+        *("start 0,1,2", "start 3,4,5", "start 3", "wait 0,1,2", "start 4", "wait 3"),
+        *("start 5", "wait 4", "wait 5"),
+    ]
+
+
+def test_texts_of_a_bad_batch_run_alone_while_the_next_is_under_way() -> None:
+    found, happened = batches_of_three(list(range(6)), {0: NotFinite("NaN")})
+    assert found == list(range(6))
+    alone = [f"{verb} {i}" for i in range(3) for verb in ("start", "wait")]
+    assert happened == ["start 0,1,2", "start 3,4,5", "wait 0,1,2", *alone, "wait 3,4,5"]
 
 
 @pytest.mark.usefixtures("overlapping")

