@@ -29,4 +29,4 @@ def test_a_gpu_that_is_not_there(architecture: str, tmp_path: Path) -> None:
         else:
             assert found["error"] <= BOUND * found["plain"], name
             assert found["waits"] == (2 if name in GATHERING else 0), name
-    assert len(report) == (3 if architecture == "sm_75" else 7)
+    assert len(report) == (3 if architecture == "sm_75" else 8)
