@@ -280,6 +280,18 @@ def test_the_slowest_are_left_out_when_time_is_short() -> None:
     assert bench.now <= 100.0
 
 
+def test_the_fastest_of_each_way_stays_while_one_round_fits() -> None:
+    """So that peers are compared as the texts are given, and as suits them best."""
+    for allowance, left_out in ((260.0, {"21"}), (160.0, {"21", "60"})):
+        bench = Bench()
+        others = [bench.contestant(f"{n}", float(n)) for n in (10, 20, 21)]
+        given = dataclasses.replace(bench.contestant("60", 60.0), way="as given")
+        timings = bench.alternate(*others, given, allowance=allowance)
+        assert {name for name, found in timings.items() if "too slow" in found.note} == left_out
+        assert timings["10"].seconds and timings["20"].seconds and bench.now <= allowance
+        assert bool(timings["60"].seconds) == ("60" not in left_out)
+
+
 def test_those_who_come_late_are_not_measured() -> None:
     bench = Bench()
     others = [bench.contestant(f"{n}", float(n)) for n in (10, 11, 12)]

@@ -60,7 +60,8 @@ class Contest:
             for batch in batches:
                 peer.forward(batch)
 
-        return Contestant(f"{peer.name}, {split}", run)
+        way = "packed" if peer.packs else "sorted" if split.by_length else "as given"
+        return Contestant(f"{peer.name}, {split}", run, way)
 
 
 def prepare_all(
