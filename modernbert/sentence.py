@@ -313,7 +313,7 @@ class SentenceEncoder(nn.Module):
                 memory runs out it is halved and the batch tried again, down to a single text.
             invariant: run every text by itself, so that its vector is the same to the last bit
                 whatever its neighbours, the budget and its place. On a CPU, texts of 256 tokens
-                take about a tenth longer, sentences three to five times as long.
+                take a tenth to a quarter longer, sentences three to five times as long.
             truncation: what to do with texts beyond `max_seq_length`: "cut" them, cut them and
                 "warn" once at the end, or raise an "error" before they are encoded.
             window: texts that are sorted by length together.
