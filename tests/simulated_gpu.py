@@ -106,8 +106,6 @@ def _is_cuda(device: Any) -> bool:
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the numbers; the result is where PyTorch would have it."""
     name = func._schema.name
-    if name in COMPOSITE:
-        return func.decompose(*args, **kwargs)
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = {id(x.inner): x for x in tensors if isinstance(x, Simulated)}
     strangers = [x for x in tensors if not isinstance(x, Simulated) and x.dim()]
@@ -119,17 +117,18 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     elif name == "aten::copy_":
         on_gpu = isinstance(args[0], Simulated)
-    waited = bool(ours) and (name in WAITING or not on_gpu)
-    waits.update([name] if waited else [])
-    if waited and capture is not None:
-        raise RuntimeError(f"{name} waits for the GPU inside of a capture")
+    if ours and (name in WAITING or not on_gpu):
+        waits[name] += 1
+        if capture is not None:
+            raise RuntimeError(f"{name} waits for the GPU inside of a capture")
     args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Simulated) else x, (args, kwargs))
     kwargs.pop("non_blocking", None)
-    out = SUBSTITUTES.get(name, func)(*args, **kwargs)
+    run_here = SUBSTITUTES.get(name, func)
+    out = run_here(*args, **kwargs)
     if name == "aten::_to_copy" and out is args[0]:
         out = out.clone()
     if capture is not None:
-        capture.append((SUBSTITUTES.get(name, func), args, kwargs, out))
+        capture.append((run_here, args, kwargs, out))
 
     def placed(x: Any) -> Any:
         if not isinstance(x, Tensor) or not on_gpu:
@@ -160,7 +159,7 @@ def _pairs(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, left: int, right: int
 ) -> tuple[Tensor, Tensor]:
-    assert cu_queries.dtype == cu_keys.dtype == torch.int32 and q.dtype in (torch.half,)
+    assert cu_queries.dtype == cu_keys.dtype == torch.int32 and q.dtype == torch.float16
     out, sums = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     for rows, _, scores, _, values in _pairs((q, k, v), cu_queries, cu_keys, left, right):
         out[rows] = (scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype)
